@@ -1,0 +1,418 @@
+"""Every setting of a run, what it means, and the checks between settings. Imports no torch.
+
+Each section is a frozen dataclass; Hydra composes the values (``configs/``), ``Config`` checks them, and the result is
+frozen as ``config.yaml`` in the run folder. A check raises ConfigError with the setting, its value and the remedy.
+"""
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from sleeptrain.schema import ConfigError, setting, unknown
+
+ATTENTION_KINDS = ("attn", "swa")
+FAST_WEIGHT_KINDS = ("gdn", "jet")
+
+
+@dataclass(frozen=True)
+class BlockSpec:
+    """One block of the stack: its mixer, and the width of its attention band where it has its own."""
+
+    kind: str
+    width_tokens: int | None = None
+
+    @property
+    def is_fast_weight(self) -> bool:
+        return self.kind in FAST_WEIGHT_KINDS
+
+
+def parse_pattern(pattern: str) -> list[BlockSpec]:
+    """``"attn gdn swa:1152 jet"`` -> block specs; raises ConfigError on a word it does not know."""
+    blocks = []
+    for word in pattern.split():
+        kind, _, width = word.partition(":")
+        if kind not in ATTENTION_KINDS + FAST_WEIGHT_KINDS:
+            raise ConfigError(unknown("block in model.pattern:", word, ("attn", "swa:WIDTH", "gdn", "jet")))
+        if (kind == "swa") != bool(width) or (width and not (width.isdigit() and int(width) > 0)):
+            raise ConfigError(
+                f"model.pattern: {word!r} is not a block; a windowed block is written swa:WIDTH_TOKENS"
+            )
+        blocks.append(BlockSpec(kind, int(width) if width else None))
+    if not blocks:
+        raise ConfigError("model.pattern is empty; write for example model.pattern='attn gdn attn gdn'")
+    return blocks
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """The network: blocks of (norm, mixer, norm, gated MLP) around a residual stream of width d_model."""
+
+    d_model: int = setting(64, "width of the residual stream")
+    pattern: str = setting("attn gdn attn gdn", "mixers from bottom to top: attn, swa:WIDTH_TOKENS, gdn, jet")
+    pattern_repeats: int = setting(1, "how often the pattern is stacked")
+    prelude_blocks: int = setting(0, "blocks at the bottom that run once per window and do not loop")
+    coda_blocks: int = setting(0, "blocks at the top that run once per window and do not loop")
+    num_heads: int = setting(4, "query heads of an attention block")
+    num_kv_heads: int | None = setting(None, "key/value heads of an attention block; null: num_heads")
+    head_dim: int | None = setting(None, "size of an attention head; null: d_model / num_heads")
+    memory_heads: int = setting(4, "value heads (fast-weight matrices) of a gdn or jet block")
+    memory_qk_heads: int | None = setting(None, "query/key heads of a gdn or jet block; null: memory_heads")
+    memory_key_dim: int = setting(16, "d_k, rows of each fast-weight matrix")
+    memory_value_dim: int = setting(16, "d_v, columns of each fast-weight matrix")
+    rule: Literal["gated_delta", "delta", "gated_hebbian"] = setting(
+        "gated_delta", "how a fast weight is written"
+    )
+    negative_eigenvalues: bool = setting(False, "write strength 2 sigmoid instead of sigmoid")
+    conv_width: int = setting(4, "taps of the short causal convolution")
+    jet_reduction: int = setting(
+        8, "the hidden layer that makes a jet block's kernels has d_v*heads/this channels"
+    )
+    mlp_dim: int | None = setting(None, "hidden width of the gated MLP; null: 8/3 d_model rounded up to 16")
+    rope_theta: float = setting(10000.0, "base of the rotary position frequencies")
+    norm_eps: float = setting(1e-6, "epsilon of every RMSNorm")
+    tie_embeddings: bool = setting(False, "the head reads out with the embedding matrix")
+    init_std: float = setting(0.02, "standard deviation of initial linear and embedding weights")
+
+    @property
+    def blocks(self) -> list[BlockSpec]:
+        return parse_pattern(self.pattern) * self.pattern_repeats
+
+    @property
+    def kv_heads(self) -> int:
+        return self.num_kv_heads or self.num_heads
+
+    @property
+    def attention_head_dim(self) -> int:
+        return self.head_dim or self.d_model // self.num_heads
+
+    @property
+    def qk_heads(self) -> int:
+        return self.memory_qk_heads or self.memory_heads
+
+    @property
+    def mlp_hidden(self) -> int:
+        return self.mlp_dim or -(-8 * self.d_model // 3 // 16) * 16
+
+    def __post_init__(self) -> None:
+        positive = (
+            "d_model",
+            "pattern_repeats",
+            "num_heads",
+            "memory_heads",
+            "memory_key_dim",
+            "memory_value_dim",
+        )
+        _require_positive("model", self, (*positive, "conv_width", "jet_reduction"))
+        blocks = self.blocks
+        if self.head_dim is None and self.d_model % self.num_heads:
+            raise ConfigError(
+                f"model.num_heads={self.num_heads} does not divide model.d_model={self.d_model}; "
+                "change one of them or set model.head_dim"
+            )
+        if self.attention_head_dim % 2:
+            raise ConfigError(
+                f"the attention head size {self.attention_head_dim} is odd; set an even model.head_dim"
+            )
+        if self.num_heads % self.kv_heads:
+            raise ConfigError(
+                f"model.num_kv_heads={self.kv_heads} does not divide model.num_heads={self.num_heads}"
+            )
+        if self.memory_heads % self.qk_heads:
+            raise ConfigError(
+                f"model.memory_qk_heads={self.qk_heads} does not divide model.memory_heads={self.memory_heads}"
+            )
+        if (
+            self.prelude_blocks < 0
+            or self.coda_blocks < 0
+            or self.prelude_blocks + self.coda_blocks >= len(blocks)
+        ):
+            raise ConfigError(
+                f"model.prelude_blocks={self.prelude_blocks} and model.coda_blocks={self.coda_blocks} leave no block "
+                f"of {len(blocks)} to loop; make them smaller"
+            )
+
+    @property
+    def core_blocks(self) -> list[BlockSpec]:
+        blocks = self.blocks
+        return blocks[self.prelude_blocks : len(blocks) - self.coda_blocks]
+
+
+@dataclass(frozen=True)
+class SleepConfig:
+    """When and how often the model passes over a window (method: paper section 3)."""
+
+    window_tokens: int = setting(
+        24, "L, tokens read before the model sleeps; 0: the whole sequence is one window"
+    )
+    num_passes: int = setting(
+        2, "N, passes over a window in training, reading included; 1 is the plain hybrid"
+    )
+    passes_schedule: Literal["fixed", "growing", "sampled"] = setting("fixed", "N over training steps")
+    min_passes: int = setting(1, "smallest N of a growing or sampled schedule")
+    growth_fraction: float = setting(0.5, "part of training after which a growing N has reached num_passes")
+    schedule: Literal["consolidate_or_predict", "predict_then_consolidate"] = setting(
+        "consolidate_or_predict",
+        "a window either sleeps or predicts, or (text) predicts in pass 1 and then sleeps",
+    )
+    eviction: Literal["hard", "sliding"] = setting(
+        "hard", "at a window's end: clear the KV cache, or keep L-1 tokens"
+    )
+    sliding_kv: Literal["last_pass", "per_pass"] = setting(
+        "last_pass", "the passes whose keys and values survive"
+    )
+    convolution: Literal["auto", "reset", "carried"] = setting(
+        "auto", "convolution tail across windows; auto: reset with hard, carried with sliding eviction"
+    )
+    norm_between_passes: bool = setting(
+        False, "apply the model's final norm to h between two passes (as Ouro loops)"
+    )
+    backprop_passes: int = setting(
+        0, "backpropagate through the last k passes of a window only; 0: through all"
+    )
+    detach_state: bool = setting(False, "stop the gradient of the fast weights at window borders")
+    learned_initial_state: bool = setting(False, "learn the fast weights that a sequence starts with")
+    activation_checkpointing: Literal["none", "pass", "block", "both"] = setting(
+        "none", "recompute activations in the backward pass, per pass, per block, or both nested"
+    )
+
+    @property
+    def carries_convolution(self) -> bool:
+        return self.convolution == "carried" or (self.convolution == "auto" and self.eviction == "sliding")
+
+    def __post_init__(self) -> None:
+        if self.num_passes < 1:
+            raise ConfigError(
+                f"sleep.num_passes={self.num_passes} is below 1; reading a window is already pass 1"
+            )
+        if not 1 <= self.min_passes <= self.num_passes:
+            raise ConfigError(
+                f"sleep.min_passes={self.min_passes} must lie in 1..{self.num_passes} (sleep.num_passes)"
+            )
+        if self.window_tokens < 0:
+            raise ConfigError(
+                f"sleep.window_tokens={self.window_tokens} is negative; use 0 for one single window"
+            )
+        if self.backprop_passes < 0:
+            raise ConfigError(
+                f"sleep.backprop_passes={self.backprop_passes} is negative; use 0 for all passes"
+            )
+
+
+@dataclass(frozen=True)
+class Rule110Config:
+    """Simulate a one-dimensional automaton on bit strings that were read and evicted (paper section 4.1)."""
+
+    name: Literal["rule110"] = setting("rule110", "the task")
+    width: int = setting(12, "bits of a string; one string fills one window")
+    num_strings: int = setting(2, "strings of an example, and answers asked for")
+    steps: int = setting(4, "t, automaton steps to simulate: the difficulty")
+    rule_number: int = setting(110, "Wolfram number of the automaton, 0..255")
+
+    @property
+    def sequence_tokens(self) -> int:
+        return self.num_strings * (self.width + 1)
+
+    def __post_init__(self) -> None:
+        _require_positive("task", self, ("num_strings", "steps"))
+        if not 3 <= self.width <= 64:
+            raise ConfigError(f"task.width={self.width} must lie in 3..64")
+        if not 0 <= self.rule_number <= 255:
+            raise ConfigError(f"task.rule_number={self.rule_number} must lie in 0..255")
+
+
+@dataclass(frozen=True)
+class DepoConfig:
+    """k-hop retrieval on a shuffled directed cycle (Allen-Zhu, Physics of Language Models 4.1; paper section 4.2)."""
+
+    name: Literal["depo"] = setting("depo", "the task")
+    max_nodes: int = setting(75, "largest cycle; evaluation always uses it")
+    max_hops: int = setting(16, "training asks for k = 1..this, evenly")
+    vocab_words: int = setting(50, "size of the mini vocabulary of which node words of 1-2 tokens are made")
+    max_queries: int = setting(10, "queries of an example, each from another start node")
+
+    @property
+    def context_tokens(self) -> int:
+        return 4 * self.max_nodes
+
+    @property
+    def sequence_tokens(self) -> int:
+        return self.context_tokens + 6 * min(self.max_queries, self.max_nodes)
+
+    def __post_init__(self) -> None:
+        _require_positive("task", self, ("max_hops", "max_queries", "vocab_words"))
+        if self.max_nodes < 3:
+            raise ConfigError(f"task.max_nodes={self.max_nodes} is below 3; a cycle needs three nodes")
+        if 2 * self.max_nodes > self.vocab_words * (self.vocab_words + 1):
+            raise ConfigError(
+                f"task.vocab_words={self.vocab_words} makes too few words for task.max_nodes={self.max_nodes}; raise it"
+            )
+
+
+@dataclass(frozen=True)
+class TextConfig:
+    """Next-token prediction over a folder of text files."""
+
+    name: Literal["text"] = setting("text", "the task")
+    folder: str = setting(
+        "stdlib", "folder of text files, or 'stdlib': the source of the installed Python's library"
+    )
+    suffixes: tuple[str, ...] = setting((".txt", ".md", ".py"), "file name endings that count as text")
+    tokenizer: str = setting("bytes", "'bytes', or the path of a Hugging Face tokenizer.json")
+    sequence_tokens: int = setting(512, "T, tokens of an example")
+
+    def __post_init__(self) -> None:
+        if self.sequence_tokens < 2:
+            raise ConfigError(
+                f"task.sequence_tokens={self.sequence_tokens} is below 2; an example needs 2 tokens"
+            )
+
+
+TaskConfig = Rule110Config | DepoConfig | TextConfig
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """Batches. Sizes are global, in sequences."""
+
+    batch_sequences: int = setting(64, "sequences of one optimizer step")
+    micro_batch_sequences: int | None = setting(
+        None, "sequences of one forward/backward; null: the whole batch"
+    )
+
+    @property
+    def micro_batch(self) -> int:
+        return self.micro_batch_sequences or self.batch_sequences
+
+    def __post_init__(self) -> None:
+        _require_positive("data", self, ("batch_sequences",))
+        if self.micro_batch < 1 or self.batch_sequences % self.micro_batch:
+            raise ConfigError(
+                f"data.micro_batch_sequences={self.micro_batch} does not divide "
+                f"data.batch_sequences={self.batch_sequences}; choose a divisor"
+            )
+
+
+@dataclass(frozen=True)
+class OptimConfig:
+    """Muon for the matrices of the blocks, AdamW for everything else; warm-up, stable, linear decay."""
+
+    num_steps: int = setting(1000, "optimizer steps of the run")
+    muon_lr: float = setting(0.01, "peak learning rate of Muon")
+    muon_scale: Literal["original", "match_rms"] = setting(
+        "match_rms", "update scale: sqrt(max(1, out/in)), or 0.2 sqrt(max(out, in)) to match AdamW's"
+    )
+    muon_momentum: float = setting(0.95, "Muon's Nesterov momentum")
+    muon_steps: int = setting(5, "Newton-Schulz iterations")
+    adamw_lr: float = setting(3e-3, "peak learning rate of AdamW")
+    adamw_beta1: float = setting(0.9, "AdamW's decay of the first moment")
+    adamw_beta2: float = setting(0.95, "AdamW's decay of the second moment")
+    weight_decay: float = setting(1e-4, "decoupled decay of both; none on norms, A_log and dt_bias")
+    warmup_steps: int = setting(50, "steps over which the learning rate rises from 0")
+    decay_fraction: float = setting(0.3, "last part of the run over which it falls linearly to 0")
+    clip_norm: float = setting(1.0, "largest global gradient norm; 0: no clipping")
+    max_skipped_steps: int = setting(
+        10, "stop after this many updates in a row with a non-finite loss or gradient"
+    )
+
+    def __post_init__(self) -> None:
+        _require_positive("optim", self, ("num_steps", "max_skipped_steps"))
+        if not 0 <= self.decay_fraction <= 1:
+            raise ConfigError(f"optim.decay_fraction={self.decay_fraction} must lie in 0..1")
+
+
+@dataclass(frozen=True)
+class EvalConfig:
+    """Evaluation during training, on the validation split."""
+
+    every_steps: int = setting(100, "evaluate each so many steps, and at the end; 0: at the end only")
+    num_examples: int = setting(512, "held-out examples per difficulty")
+    batch_sequences: int = setting(256, "sequences evaluated at once")
+    num_passes: tuple[int, ...] = setting((), "also evaluate with these N beside the training N")
+    difficulties: tuple[int, ...] = setting((), "difficulties to evaluate; empty: the task's own list")
+
+    def __post_init__(self) -> None:
+        _require_positive("eval", self, ("num_examples", "batch_sequences"))
+        if any(n < 1 for n in self.num_passes):
+            raise ConfigError(f"eval.num_passes={list(self.num_passes)} holds a value below 1")
+
+
+@dataclass(frozen=True)
+class CheckpointConfig:
+    """When a run saves, and what it keeps."""
+
+    every_steps: int = setting(200, "save each so many steps, and at the end; 0: at the end only")
+    keep_last: int = setting(2, "newest checkpoints to keep")
+    keep_every_steps: int = setting(0, "keep checkpoints at multiples of this for ever; 0: none")
+
+    def __post_init__(self) -> None:
+        _require_positive("checkpoint", self, ("keep_last",))
+
+
+@dataclass(frozen=True)
+class LogConfig:
+    """Metrics always go to metrics.jsonl; Weights & Biases when asked."""
+
+    every_steps: int = setting(10, "write a row of training metrics each so many steps")
+    wandb: Literal["off", "offline", "online"] = setting("off", "Weights & Biases")
+    wandb_project: str = setting("sleeptrain", "its project")
+
+    def __post_init__(self) -> None:
+        _require_positive("log", self, ("every_steps",))
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """The run's name and place, its seed, and the device."""
+
+    id: str = setting("quickstart", "name of the run; the same id again resumes")
+    dir: str = setting("runs/${run.id}", "run folder")
+    seed: int = setting(0, "seed of the initial weights, the data order and a sampled N")
+    device: Literal["auto", "cpu", "cuda"] = setting("auto", "auto: cuda if there is one")
+    precision: Literal["auto", "float32", "bfloat16"] = setting(
+        "auto", "compute type over float32 weights; auto: float32 on cpu, bfloat16 on cuda"
+    )
+    num_threads: int = setting(
+        0, "CPU threads of torch; 0: torch's choice (resume on another count is not bit-equal)"
+    )
+    deterministic: bool = setting(True, "deterministic algorithms only")
+    allow_config_change: bool = setting(False, "resume although settings that shape the result differ")
+
+
+@dataclass(frozen=True)
+class Config:
+    """A whole run."""
+
+    run: RunConfig = field(default_factory=RunConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    sleep: SleepConfig = field(default_factory=SleepConfig)
+    task: TaskConfig = field(default_factory=Rule110Config)
+    data: DataConfig = field(default_factory=DataConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    eval: EvalConfig = field(default_factory=EvalConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    log: LogConfig = field(default_factory=LogConfig)
+    dry_run: bool = setting(False, "print the model, the plan of visits and the cost over N, and stop")
+
+    @property
+    def window_tokens(self) -> int:
+        return self.sleep.window_tokens or self.task.sequence_tokens
+
+    def __post_init__(self) -> None:
+        if self.sleep.window_tokens > self.task.sequence_tokens:
+            raise ConfigError(
+                f"sleep.window_tokens={self.sleep.window_tokens} is longer than the task's sequence of "
+                f"{self.task.sequence_tokens} tokens; use at most that, or 0 for one single window"
+            )
+        most_passes = max((self.sleep.num_passes, *self.eval.num_passes))
+        if most_passes > 1 and not any(block.is_fast_weight for block in self.model.core_blocks):
+            raise ConfigError(
+                f"N={most_passes} passes need a fast-weight block among the looped blocks, and model.pattern="
+                f"{self.model.pattern!r} has none there; add gdn or jet, or set sleep.num_passes=1 and eval.num_passes=[]"
+            )
+        if self.sleep.learned_initial_state and not any(block.is_fast_weight for block in self.model.blocks):
+            raise ConfigError("sleep.learned_initial_state=true needs a gdn or jet block in model.pattern")
+
+
+def _require_positive(section: str, config: object, names: tuple[str, ...]) -> None:
+    for name in names:
+        if getattr(config, name) < 1:
+            raise ConfigError(f"{section}.{name}={getattr(config, name)} must be at least 1")
