@@ -1,6 +1,5 @@
 """Dataclasses as settings: plain dict -> checked dataclass, one clear sentence per mistake, and the text of ``--help``."""
 
-import dataclasses
 import difflib
 import types
 import typing
@@ -149,16 +148,3 @@ def _convert_scalar(member: Any, value: Any, path: str) -> Any:
 
 def _name(hint: Any) -> str:
     return " or ".join(getattr(m, "__name__", str(m)) for m in _members(hint) if m is not type(None))
-
-
-def replace(config: T, **changes: Any) -> T:
-    """A copy with some fields changed; nested sections by dotted name with ``__`` (``sleep__num_passes=2``)."""
-    direct = {k: v for k, v in changes.items() if "__" not in k}
-    nested: dict[str, dict[str, Any]] = {}
-    for key, value in changes.items():
-        if "__" in key:
-            head, tail = key.split("__", 1)
-            nested.setdefault(head, {})[tail] = value
-    for head, inner in nested.items():
-        direct[head] = replace(getattr(config, head), **inner)
-    return dataclasses.replace(config, **direct)  # type: ignore[type-var]
