@@ -1,0 +1,52 @@
+# Every recipe is the plain command that a user can type in a shell with .venv active; make prints it and runs it.
+# Needs GNU make and Python 3.11 or 3.12. ARGS goes to the command: make pretrain ARGS="optim.num_steps=50"
+
+SHELL := bash
+PYTHON ?= $(shell for name in python3.11 python3.12 python3; do \
+	$$name -c "" 2>/dev/null && { echo $$name; exit; }; done; echo python3)
+export PATH := $(CURDIR)/.venv/bin:$(PATH)
+
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+.PHONY: help venv lint test test-more pretrain bench
+
+help:  ## list the targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' Makefile
+	@echo "Each prints the plain command it runs; to type such commands yourself: source .venv/bin/activate"
+
+venv: .venv/.stamp  ## build .venv, or update it when pyproject.toml changed
+
+lint: .venv/.stamp  ## style, types and import layers
+	ruff check
+	ruff format --check
+	mypy
+	lint-imports
+
+test test-more: export OMP_NUM_THREADS := 1
+
+test: .venv/.stamp  ## the fast tests
+	python -m pytest $(ARGS)
+
+test-more: .venv/.stamp  ## the longer tests of CI
+	python -m pytest -m "more and not slow and not gpu" $(ARGS)
+
+pretrain: .venv/.stamp  ## train the quickstart experiment in runs/
+	python -m sleeptrain.pretrain experiment=quickstart $(ARGS)
+
+bench: .venv/.stamp-bench  ## measure against the peers, one figure per file of tools/bench
+	@for file in tools/bench/*.py; do echo "python $$file"; python $$file || exit; done
+
+# A stamp is written only after pip succeeded, so a failed install is tried again.
+.venv/.stamp: pyproject.toml
+	@$(PYTHON) -c "import sys; sys.exit(sys.version_info[:2] not in [(3, 11), (3, 12)])" 2>/dev/null || { \
+	  echo "sleeptrain needs Python 3.11 or 3.12, and '$(PYTHON)' is neither; name one: make venv PYTHON=python3.11"; \
+	  exit 1; }
+	@echo "Installing sleeptrain and its tools in .venv (the first time takes a minute or more)"
+	@.venv/bin/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv --clear .venv
+	python -m pip install -qq --editable ".[dev]"
+	@touch $@
+	@echo "Done; to use it in your own shell: source .venv/bin/activate"
+
+.venv/.stamp-bench: .venv/.stamp
+	python -m pip install -qq --editable ".[bench]"
+	@touch $@

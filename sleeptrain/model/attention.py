@@ -1,0 +1,129 @@
+"""Causal attention over a window, and over the keys and values that survived from before it.
+
+Keys are stored unrotated, with positions relative to the current window (negative for older tokens), so that sessions of
+any length stay exact. Shape letters: B batch, T tokens of this call, S stored tokens, H query heads, G key/value heads.
+"""
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from sleeptrain.config import BlockSpec, ModelConfig
+from sleeptrain.model.layers import rotary_table, rotate
+
+
+class KVCache(NamedTuple):
+    """Keys and values of earlier tokens: ``[B, S, G, head_dim]``, their positions and validity ``[B, S]``."""
+
+    keys: Tensor
+    values: Tensor
+    positions: Tensor
+    valid: Tensor
+
+    def newest(self, num_tokens: int) -> "KVCache":
+        """The last ``num_tokens`` entries that are no pads come last; older ones are dropped."""
+        if num_tokens >= self.keys.shape[1]:
+            return self
+        if num_tokens == 0:
+            return KVCache(*(x[:, :0] for x in self))
+        order = self.valid.to(torch.int8).argsort(dim=1, stable=True)[:, -num_tokens:]
+        wide = order[..., None, None].expand(-1, -1, *self.keys.shape[2:])
+        return KVCache(
+            self.keys.gather(1, wide),
+            self.values.gather(1, wide),
+            self.positions.gather(1, order),
+            self.valid.gather(1, order),
+        )
+
+    def followed_by(self, newer: "KVCache") -> "KVCache":
+        return KVCache(*(torch.cat(pair, dim=1) for pair in zip(self, newer)))
+
+    def shifted(self, num_tokens: Tensor) -> "KVCache":
+        """Positions as seen from a window that starts ``num_tokens`` ``[B]`` later."""
+        return self._replace(positions=self.positions - num_tokens[:, None])
+
+
+class Tokens(NamedTuple):
+    """What a mixer knows of the tokens of a call beside their hidden states.
+
+    ``positions`` ``[B or 1, T]`` count real tokens from the start of the window; ``valid`` ``[B, T]`` is False on pads,
+    None where there are none; ``rotary`` is the table of these positions; ``keeps_cache`` asks for what survives.
+    """
+
+    positions: Tensor
+    valid: Tensor | None
+    rotary: tuple[Tensor, Tensor]
+    window_tokens: int
+    keeps_cache: bool
+    keeps_tail: bool
+
+
+class Attention(nn.Module):
+    """Grouped-query attention inside a band of ``width`` tokens: its own width (``swa``), else the window's L."""
+
+    def __init__(self, config: ModelConfig, spec: BlockSpec) -> None:
+        super().__init__()
+        self.width_tokens, self.theta = spec.width_tokens, config.rope_theta
+        self.head_dim = config.attention_head_dim
+        query, key_value = config.num_heads * self.head_dim, config.kv_heads * self.head_dim
+        self.q_proj = nn.Linear(config.d_model, query, bias=False)
+        self.k_proj = nn.Linear(config.d_model, key_value, bias=False)
+        self.v_proj = nn.Linear(config.d_model, key_value, bias=False)
+        self.o_proj = nn.Linear(query, config.d_model, bias=False)
+
+    def forward(self, x_BTD: Tensor, cache: KVCache | None, tokens: Tokens) -> tuple[Tensor, KVCache | None]:
+        """Returns the mixed tokens and, where it is kept, the cache as the next tokens will see it."""
+        own = self._keys_and_values(x_BTD, tokens)
+        q_BTHd = rotate(self._heads(self.q_proj(x_BTD)), tokens.rotary)
+        seen, mask = own, self._mask(own, cache, tokens)
+        keys = rotate(own.keys, tokens.rotary)
+        if cache is not None:
+            table = rotary_table(cache.positions, self.head_dim, self.theta, tokens.rotary[0].dtype)
+            seen = cache.followed_by(own)
+            keys = torch.cat([rotate(cache.keys, table).to(keys.dtype), keys], dim=1)
+        out = F.scaled_dot_product_attention(
+            q_BTHd.transpose(1, 2),
+            keys.transpose(1, 2),
+            seen.values.to(keys.dtype).transpose(1, 2),
+            attn_mask=mask,
+            is_causal=mask is None,
+            enable_gqa=own.keys.shape[2] != q_BTHd.shape[2],
+        )
+        return self.o_proj(out.transpose(1, 2).flatten(2)), self._survivors(seen, tokens)
+
+    def write(self, x_BTD: Tensor, cache: KVCache | None, tokens: Tokens) -> KVCache | None:
+        """Only what survives of this call, where nobody reads its output."""
+        own = self._keys_and_values(x_BTD, tokens)
+        return self._survivors(own if cache is None else cache.followed_by(own), tokens)
+
+    def _band(self, tokens: Tokens) -> int:
+        return self.width_tokens or tokens.window_tokens
+
+    def _survivors(self, seen: KVCache, tokens: Tokens) -> KVCache | None:
+        return seen.newest(self._band(tokens) - 1) if tokens.keeps_cache else None
+
+    def _heads(self, x_BTC: Tensor) -> Tensor:
+        return x_BTC.unflatten(-1, (-1, self.head_dim))
+
+    def _keys_and_values(self, x_BTD: Tensor, tokens: Tokens) -> KVCache:
+        positions = tokens.positions.expand(len(x_BTD), -1)
+        valid = torch.ones_like(positions, dtype=torch.bool) if tokens.valid is None else tokens.valid
+        return KVCache(self._heads(self.k_proj(x_BTD)), self._heads(self.v_proj(x_BTD)), positions, valid)
+
+    def _mask(self, own: KVCache, cache: KVCache | None, tokens: Tokens) -> Tensor | None:
+        """``[B, 1, T, S + T]``, True where a query may look; None: plain causal attention is exactly that."""
+        num_tokens = own.positions.shape[1]
+        if cache is None and tokens.valid is None and num_tokens <= self._band(tokens):
+            return None
+        positions, valid = own.positions, own.valid
+        if cache is not None:
+            positions = torch.cat([cache.positions, positions], dim=1)
+            valid = torch.cat([cache.valid, valid], dim=1)
+        distance = own.positions[:, :, None] - positions[:, None, :]
+        mask = (distance >= 0) & (distance < self._band(tokens)) & valid[:, None, :]
+        # A pad looks at itself, so that no row of the softmax is empty; nothing reads what it computes.
+        own_part = mask[..., mask.shape[-1] - num_tokens :]
+        own_part |= torch.eye(num_tokens, dtype=torch.bool, device=mask.device)
+        return mask[:, None]

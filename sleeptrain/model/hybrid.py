@@ -1,0 +1,137 @@
+"""The stack of blocks: one pass over one window is a function ``(h, state) -> (h, state)``.
+
+``state`` is a tuple with one BlockState per block: an explicit tree of tensors, each with the batch as first dimension,
+that can be saved, moved, split and compared. Shape letters: B batch, T tokens, D model width.
+"""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from sleeptrain.config import BlockSpec, ModelConfig
+from sleeptrain.memory import state_dtype
+from sleeptrain.model.attention import Attention, KVCache, Tokens
+from sleeptrain.model.fast_weight import GDN, FastWeight, Jet
+from sleeptrain.model.layers import GatedMLP, RMSNorm
+
+
+class BlockState(NamedTuple):
+    """What a block remembers: fast weights ``[B, H, K, V]`` and convolution tail ``[B, W-1, C]``, or KV caches.
+
+    A pass reads and leaves at most one cache; across a border the caches of several passes may survive.
+    """
+
+    memory: Tensor | None = None
+    tail: Tensor | None = None
+    caches: tuple[KVCache, ...] = ()
+
+    @property
+    def cache(self) -> KVCache | None:
+        return self.caches[0] if self.caches else None
+
+
+State = tuple[BlockState, ...]
+
+
+def map_state(function: Callable[..., Tensor], *states: State) -> State:
+    """Applies ``function`` to each tensor of a state (or to corresponding tensors of several)."""
+
+    def mapped(*values: object) -> object:
+        if values[0] is None:
+            return None
+        if isinstance(values[0], Tensor):
+            return function(*values)
+        fields = (mapped(*inner) for inner in zip(*values))  # type: ignore[call-overload]
+        return type(values[0])(*fields) if hasattr(values[0], "_fields") else tuple(fields)
+
+    return mapped(*states)  # type: ignore[return-value]
+
+
+class Block(nn.Module):
+    """Pre-norm residual block: h + mixer(norm(h)), then h + mlp(norm(h))."""
+
+    def __init__(self, config: ModelConfig, spec: BlockSpec) -> None:
+        super().__init__()
+        self.mixer_norm = RMSNorm(config.d_model, config.norm_eps)
+        kinds = {"gdn": GDN, "jet": Jet}
+        self.mixer = kinds[spec.kind](config) if spec.is_fast_weight else Attention(config, spec)
+        self.mlp_norm = RMSNorm(config.d_model, config.norm_eps)
+        self.mlp = GatedMLP(config.d_model, config.mlp_hidden)
+
+    def forward(self, h_BTD: Tensor, state: BlockState, tokens: Tokens) -> tuple[Tensor, BlockState]:
+        x = self.mixer_norm(h_BTD)
+        if isinstance(self.mixer, FastWeight):
+            mixed, memory, tail = self.mixer(x, state.memory, state.tail, tokens)
+            state = BlockState(memory=memory, tail=tail)
+        else:
+            mixed, cache = self.mixer(x, state.cache, tokens)
+            state = _attention_state(cache)
+        h_BTD = h_BTD + mixed
+        return h_BTD + self.mlp(self.mlp_norm(h_BTD)), state
+
+    def write(self, h_BTD: Tensor, state: BlockState, tokens: Tokens) -> BlockState:
+        """Only what the block remembers, where nobody reads its output."""
+        x = self.mixer_norm(h_BTD)
+        if isinstance(self.mixer, FastWeight):
+            return BlockState(*self.mixer.write(x, state.memory, state.tail, tokens))
+        return _attention_state(self.mixer.write(x, state.cache, tokens))
+
+
+def _attention_state(cache: KVCache | None) -> BlockState:
+    return BlockState(caches=() if cache is None else (cache,))
+
+
+class HybridStack(nn.Module):
+    """Blocks by the pattern of the config."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.specs = config.blocks
+        self.blocks = nn.ModuleList(Block(config, spec) for spec in self.specs)
+
+    def fast_weight_mixers(self) -> list[tuple[int, FastWeight]]:
+        """(block index, mixer) of each block that has fast weights."""
+        return [(i, b.mixer) for i, b in enumerate(self.blocks) if isinstance(b.mixer, FastWeight)]
+
+    def initial_state(self, num_sequences: int) -> State:
+        """Zero fast weights, empty caches: the state before a sequence."""
+        states = [BlockState()] * len(self.blocks)
+        for i, mixer in self.fast_weight_mixers():
+            weight = mixer.b_proj.weight  # one row per value head
+            shape = (num_sequences, len(weight), mixer.key_dim, mixer.value_dim)
+            memory = torch.zeros(shape, dtype=state_dtype(weight.dtype), device=weight.device)
+            states[i] = BlockState(memory=memory)
+        return tuple(states)
+
+    def forward(
+        self, h_BTD: Tensor, state: State, tokens: Tokens, blocks: range, checkpoint_blocks: bool = False
+    ) -> tuple[Tensor, State]:
+        """One pass of ``blocks`` over the tokens; the state of the other blocks is returned as it came."""
+        new_state = list(state)
+        for i in blocks:
+            if checkpoint_blocks and torch.is_grad_enabled():
+                h_BTD, new_state[i] = checkpoint(
+                    self.blocks[i], h_BTD, state[i], tokens, use_reentrant=False, preserve_rng_state=False
+                )
+            else:
+                h_BTD, new_state[i] = self.blocks[i](h_BTD, state[i], tokens)
+        return h_BTD, tuple(new_state)
+
+    def write(
+        self, h_BTD: Tensor, state: State, tokens: Tokens, blocks: range, checkpoint_blocks: bool = False
+    ) -> State:
+        """A pass whose output nobody reads: it stops inside the last block that remembers anything."""
+        writers = [i for i in blocks if self.remembers(i, tokens.keeps_cache)]
+        if not writers:
+            return state
+        before = range(blocks.start, writers[-1])
+        h_BTD, state = self(h_BTD, state, tokens, before, checkpoint_blocks)
+        last = self.blocks[writers[-1]].write(h_BTD, state[writers[-1]], tokens)
+        return (*state[: writers[-1]], last, *state[writers[-1] + 1 :])
+
+    def remembers(self, block: int, keeps_cache: bool) -> bool:
+        """Whether the block leaves anything behind: fast weights always, attention where its cache survives."""
+        return self.specs[block].is_fast_weight or keeps_cache

@@ -1,0 +1,42 @@
+"""Initial weights, all in one place; each depends on the seed and its own name only, not on order, device or degree.
+
+Linear and embedding weights N(0, std); norms 1; depthwise convolutions uniform within 1/sqrt(taps); A uniform in (0, 16),
+dt log-uniform in [1e-3, 0.1] (method: paper section 2.2 and Mamba-2). A Jet block starts with static kernels: the output
+weight of its kernel network is 0 and only its bias is drawn.
+"""
+
+import hashlib
+import math
+
+import torch
+from torch import Tensor, nn
+
+
+def initialise(model: nn.Module, std: float, seed: int) -> None:
+    """Draws every parameter of ``model`` in place."""
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            parameter.copy_(_draw(name, parameter.shape, std, seed))
+
+
+def _draw(name: str, shape: torch.Size, std: float, seed: int) -> Tensor:
+    digest = hashlib.sha256(f"{seed}/{name}".encode()).digest()
+    generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
+    kind = name.rsplit(".", 1)[-1]
+
+    def uniform(low: float, high: float) -> Tensor:
+        return torch.empty(shape).uniform_(low, high, generator=generator)
+
+    if "norm" in name:
+        return torch.ones(shape)
+    if kind == "A_log":
+        return uniform(1e-4, 16).log()
+    if kind == "dt_bias":
+        dt = uniform(math.log(1e-3), math.log(0.1)).exp()
+        return dt + torch.log(-torch.expm1(-dt))  # the inverse of softplus
+    if kind.endswith("_conv"):
+        bound = shape[-1] ** -0.5
+        return uniform(-bound, bound)
+    if kind == "initial_memory" or name.endswith("kernel_out.weight"):
+        return torch.zeros(shape)
+    return torch.empty(shape).normal_(0.0, std, generator=generator)

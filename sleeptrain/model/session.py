@@ -1,0 +1,87 @@
+"""Wake and sleep at inference: tokens come in pieces of any size, and the model sleeps when its window is full.
+
+A session is a value: ``feed`` takes one and returns the next. Feeding a sequence in pieces, split at any token, equals one
+call of the ``predict_then_consolidate`` schedule on the whole of it (method: section 6, check 6).
+"""
+
+import sys
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from sleeptrain.model import window_state
+from sleeptrain.model.hybrid import State
+from sleeptrain.model.sleep import SleepModel, segments_of
+
+
+class Session(NamedTuple):
+    """``start``: the state at the start of the open window. ``state``: the same after reading what is in it so far,
+    with the keys, values and convolution tails of its tokens. ``hidden`` ``[B, position, D]``: what reading left."""
+
+    start: State
+    state: State
+    hidden: Tensor
+
+    @property
+    def position_tokens(self) -> int:
+        """Tokens in the open window."""
+        return self.hidden.shape[1]
+
+
+def begin(model: SleepModel, num_sequences: int) -> Session:
+    """A session that has read nothing."""
+    weight = model.embed.weight
+    return _open(
+        model, model.initial_state(num_sequences), weight.new_zeros(num_sequences, 0, weight.shape[1])
+    )
+
+
+@torch.no_grad()
+def feed(model: SleepModel, session: Session, ids: Tensor, num_passes: int) -> tuple[Tensor, Session]:
+    """Reads ``ids`` ``[B, T]``, sleeping with N = ``num_passes`` at each full window; returns logits ``[B, T, V]``."""
+    logits = []
+    while ids.shape[1]:
+        room = (
+            model.sleep.window_tokens - session.position_tokens if model.sleep.window_tokens else ids.shape[1]
+        )
+        h, session = _read(model, session, ids[:, :room])
+        logits.append(model.logits(h))
+        ids = ids[:, room:]
+        if session.position_tokens == model.sleep.window_tokens:
+            session = sleep(model, session, num_passes)
+    return torch.cat(logits, dim=1), session
+
+
+@torch.no_grad()
+def sleep(model: SleepModel, session: Session, num_passes: int) -> Session:
+    """Passes 2..N over the open window, then forgets it: only what crosses a border stays."""
+    ids = session.hidden.new_zeros(session.hidden.shape[:2], dtype=torch.long)
+    tokens = model.tokens(ids, valid=None)
+    segments = segments_of(model.config)
+    passes = window_state.Passes(session.start, model.sleep)
+    for blocks in segments.values():  # reading was pass 1
+        passes.record(blocks, session.state)
+    h = session.hidden
+    for n in range(2, num_passes + 1):
+        h = model.final_norm(h) if model.sleep.norm_between_passes else h
+        before = passes.begin(n, awake=False)
+        h, after = model.stack(h, before, tokens, segments["core"])
+        passes.record(segments["core"], after)
+    return _open(model, passes.end(tokens), session.hidden[:, :0])
+
+
+def _open(model: SleepModel, start: State, hidden: Tensor) -> Session:
+    return Session(start, window_state.Passes(start, model.sleep).begin(1, awake=True), hidden)
+
+
+def _read(model: SleepModel, session: Session, ids: Tensor) -> tuple[Tensor, Session]:
+    """Pass 1 over some tokens of the open window; the h that the core leaves is kept for the passes of sleep."""
+    tokens = model.tokens(ids, valid=None, start=session.position_tokens)
+    length = model.sleep.window_tokens or sys.maxsize
+    tokens = tokens._replace(window_tokens=length, keeps_cache=True, keeps_tail=True)
+    h, state, hidden = model.embed(ids), session.state, session.hidden
+    for name, blocks in segments_of(model.config).items():
+        h, state = model.stack(h, state, tokens, blocks)
+        hidden = torch.cat([hidden, h], dim=1) if name == "core" else hidden
+    return h, Session(session.start, state, hidden)

@@ -1,0 +1,104 @@
+"""What of the state lasts from pass to pass inside a window, and what crosses its border.
+
+Fast weights go from pass to pass and across the border. Attention reads, on every pass, the keys and values that survived
+from before the window (sliding eviction; none with hard eviction). A convolution starts pass 1 from the tail that the
+window before left (``carried``; else from zeros) and every later pass from zeros.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sleeptrain.config import SleepConfig
+from sleeptrain.model.attention import Tokens
+from sleeptrain.model.hybrid import BlockState, State, map_state
+
+
+class Passes:
+    """The state on its way through the passes of one window, from the state at its start."""
+
+    def __init__(self, start: State, sleep: SleepConfig) -> None:
+        self.start, self.sleep = start, sleep
+        self.latest = list(start)
+        self.caches: list[tuple] = [()] * len(start)  # one per executed pass and block, where they survive
+
+    def begin(self, pass_number: int, awake: bool) -> State:
+        """The state with which a pass starts. An awake pass reads what the last pass of the window before left."""
+        return tuple(
+            BlockState(
+                memory=latest.memory,
+                tail=start.tail if pass_number == 1 else None,
+                caches=_read_by(start.caches, pass_number, awake),
+            )
+            for start, latest in zip(self.start, self.latest)
+        )
+
+    def record(self, blocks: range, state: State) -> None:
+        """Takes over what a visit of ``blocks`` left."""
+        for i in blocks:
+            self.latest[i] = state[i]
+            self.caches[i] += state[i].caches
+
+    def cut_gradient(self) -> None:
+        """Truncated backpropagation starts here: the passes before get no gradient, but what the fast weights held at
+        the window's start keeps its direct path, so that earlier windows still learn."""
+        for i, (start, latest) in enumerate(zip(self.start, self.latest)):
+            if latest.memory is not None:
+                self.latest[i] = latest._replace(memory=_StraightThrough.apply(start.memory, latest.memory))
+
+    def end(self, tokens: Tokens) -> State:
+        """What crosses the border: fast weights; tails and caches where the eviction lets them survive."""
+        sliding, carried = self.sleep.eviction == "sliding", self.sleep.carries_convolution
+        num_tokens = tokens.positions[:, -1] + 1
+        states = []
+        for latest, caches in zip(self.latest, self.caches):
+            memory = latest.memory
+            if memory is not None and self.sleep.detach_state:
+                memory = memory.detach()
+            surviving = caches if self.sleep.sliding_kv == "per_pass" else caches[-1:]
+            states.append(
+                BlockState(
+                    memory=memory,
+                    tail=latest.tail if carried else None,
+                    caches=tuple(cache.shifted(num_tokens) for cache in surviving) if sliding else (),
+                )
+            )
+        return tuple(states)
+
+
+def _read_by(caches: tuple, pass_number: int, awake: bool) -> tuple:
+    """The one cache that a pass reads: of pass min(n, N) of the window before, awake of its last pass N."""
+    if not caches:
+        return ()
+    return (caches[-1 if awake else min(pass_number, len(caches)) - 1],)
+
+
+def reset(state: State, starts_anew: Tensor, initial: State) -> State:
+    """The state of those sequences that start a document at this window (``starts_anew`` ``[B]``) becomes initial."""
+
+    def choose(initial_value: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+        def chosen(value: Tensor) -> Tensor:
+            rows = starts_anew.view(-1, *[1] * (value.dim() - 1))
+            return torch.where(rows, initial_value(value), value)
+
+        return chosen
+
+    cleared = map_state(choose(torch.zeros_like), state)  # caches become invalid, tails zero
+    return tuple(
+        s if s.memory is None else s._replace(memory=choose(lambda _, i=i: i)(old.memory))  # type: ignore[misc]
+        for s, old, i in zip(cleared, state, (b.memory for b in initial))
+    )
+
+
+class _StraightThrough(torch.autograd.Function):
+    """``value`` in the forward pass; in the backward pass its gradient goes to ``start`` unchanged."""
+
+    @staticmethod
+    def forward(ctx: Any, start: Tensor, value: Tensor) -> Tensor:
+        return value.view_as(value)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+        return gradient, None

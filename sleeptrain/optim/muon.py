@@ -1,0 +1,71 @@
+"""Muon: momentum orthogonalised by Newton-Schulz, for matrices (Jordan et al. 2024; scales after arXiv 2502.16982)."""
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+COEFFICIENTS = (3.4445, -4.7750, 2.0315)
+
+
+def orthogonalise(matrices: Tensor, num_steps: int) -> Tensor:
+    """Newton-Schulz iteration on ``[..., rows, columns]`` in float32: singular values are driven to about 1."""
+    a, b, c = COEFFICIENTS
+    tall = matrices.shape[-2] > matrices.shape[-1]
+    x = (matrices.mT if tall else matrices).float()
+    x = x / (x.norm(dim=(-2, -1), keepdim=True) + 1e-7)
+    for _ in range(num_steps):
+        gram = x @ x.mT
+        x = a * x + (b * gram + c * gram @ gram) @ x
+    return (x.mT if tall else x).to(matrices.dtype)
+
+
+def update_scale(shape: torch.Size, kind: str) -> float:
+    """Factor on an orthogonal update of a weight ``[out, in]``."""
+    rows, columns = shape[-2:]
+    return max(1.0, rows / columns) ** 0.5 if kind == "original" else 0.2 * max(rows, columns) ** 0.5
+
+
+class Muon(torch.optim.Optimizer):
+    """Nesterov momentum, orthogonalised per matrix (equal shapes as one batch), decoupled weight decay."""
+
+    def __init__(
+        self,
+        parameters: Iterable[Tensor],
+        lr: float,
+        momentum: float,
+        num_steps: int,
+        scale: str,
+        weight_decay: float,
+    ) -> None:
+        defaults = {
+            "lr": lr,
+            "momentum": momentum,
+            "num_steps": num_steps,
+            "scale": scale,
+            "weight_decay": weight_decay,
+        }
+        super().__init__(parameters, defaults)
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        for group in self.param_groups:
+            by_shape: dict[torch.Size, list[Tensor]] = {}
+            for parameter in group["params"]:
+                if parameter.grad is not None:
+                    by_shape.setdefault(parameter.shape, []).append(parameter)
+            for shape, parameters in by_shape.items():
+                self._update(parameters, update_scale(shape, group["scale"]), group)
+
+    def _update(self, parameters: list[Tensor], scale: float, group: dict[str, Any]) -> None:
+        for parameter in parameters:
+            if "momentum" not in self.state[parameter]:
+                self.state[parameter]["momentum"] = torch.zeros_like(parameter)
+        gradients = [parameter.grad for parameter in parameters]
+        momenta = [self.state[parameter]["momentum"] for parameter in parameters]
+        torch._foreach_lerp_(momenta, gradients, 1 - group["momentum"])
+        nesterov = torch._foreach_lerp(gradients, momenta, group["momentum"])
+        updates = orthogonalise(torch.stack(nesterov), group["num_steps"]).unbind()
+        torch._foreach_mul_(parameters, 1 - group["lr"] * group["weight_decay"])
+        torch._foreach_add_(parameters, updates, alpha=-group["lr"] * scale)

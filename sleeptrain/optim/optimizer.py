@@ -1,0 +1,79 @@
+"""Which weight is trained by what, and both optimizers behind one step (method: section 4).
+
+Muon trains the matrices of the blocks; AdamW everything else: embeddings, head, norms, biases, A_log, dt_bias, depthwise
+convolutions. Norms, A_log, dt_bias and learned initial fast weights take no weight decay.
+"""
+
+import torch
+from torch import Tensor, nn
+
+from sleeptrain.config import OptimConfig
+from sleeptrain.optim.muon import Muon
+
+ADAMW_STATE = ("exp_avg", "exp_avg_sq")
+
+
+def is_muon(name: str, parameter: Tensor) -> bool:
+    """A matrix of a block; the kernels of a depthwise convolution are no matrix."""
+    return ".blocks." in name and parameter.dim() == 2 and not name.endswith("_conv")
+
+
+def takes_decay(name: str) -> bool:
+    return not ("norm" in name or "initial_memory" in name or name.endswith(("A_log", "dt_bias")))
+
+
+class MuonAdamW:
+    """Both optimizers over the named parameters of a model; learning rates are peak rates times a factor."""
+
+    def __init__(self, model: nn.Module, config: OptimConfig) -> None:
+        self.config = config
+        self.names = {id(p): name for name, p in model.named_parameters()}
+        named = list(model.named_parameters())
+        rest = [(name, p) for name, p in named if not is_muon(name, p)]
+        self.muon = Muon(
+            [{"params": [p for name, p in named if is_muon(name, p)]}],  # type: ignore[list-item]
+            lr=config.muon_lr,
+            momentum=config.muon_momentum,
+            num_steps=config.muon_steps,
+            scale=config.muon_scale,
+            weight_decay=config.weight_decay,
+        )
+        self.adamw = torch.optim.AdamW(
+            [
+                {"params": [p for name, p in rest if takes_decay(name)], "weight_decay": config.weight_decay},
+                {"params": [p for name, p in rest if not takes_decay(name)], "weight_decay": 0.0},
+            ],
+            lr=config.adamw_lr,
+            betas=(config.adamw_beta1, config.adamw_beta2),
+            fused=True,
+        )
+        self.num_updates = 0
+
+    def step(self, lr_factor: float) -> None:
+        """One update from the gradients in place."""
+        for optimizer, peak in ((self.muon, self.config.muon_lr), (self.adamw, self.config.adamw_lr)):
+            for group in optimizer.param_groups:
+                group["lr"] = peak * lr_factor
+            optimizer.step()
+        self.num_updates += 1
+
+    def state(self) -> dict[str, Tensor]:
+        """Tensors by logical name, as in ``stack.blocks.0.mixer.q_proj.weight/momentum``; the step count only once."""
+        tensors = {"num_updates": torch.tensor(self.num_updates)}
+        for optimizer, keys in ((self.muon, ("momentum",)), (self.adamw, ADAMW_STATE)):
+            for parameter, values in optimizer.state.items():
+                tensors |= {f"{self.names[id(parameter)]}/{key}": values[key] for key in keys}
+        return tensors
+
+    def load(self, tensors: dict[str, Tensor]) -> None:
+        """Takes over what ``state`` returned; KeyError where a tensor is missing."""
+        self.num_updates = int(tensors["num_updates"])
+        if self.num_updates == 0:
+            return
+        for optimizer, keys in ((self.muon, ("momentum",)), (self.adamw, ADAMW_STATE)):
+            for parameter in (p for group in optimizer.param_groups for p in group["params"]):
+                name = self.names[id(parameter)]
+                values = {key: tensors[f"{name}/{key}"].to(parameter.device).clone() for key in keys}
+                if optimizer is self.adamw:
+                    values["step"] = torch.tensor(float(self.num_updates), device=parameter.device)
+                optimizer.state[parameter] = values

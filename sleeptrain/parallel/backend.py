@@ -1,0 +1,124 @@
+"""What the trainer talks to: forward/backward, step, evaluate, and the state of a run's tensors."""
+
+from contextlib import AbstractContextManager
+from typing import NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+from sleeptrain.config import Config
+from sleeptrain.data.batch import Batch
+from sleeptrain.model.sleep import Output, PassTrace, SleepModel
+from sleeptrain.optim.optimizer import MuonAdamW
+
+
+class StepResult(NamedTuple):
+    """Mean loss per target of a batch, in nats, as a tensor on the device; norms of S per pass where asked for."""
+
+    loss: Tensor
+    trace: list[PassTrace]
+
+
+class UpdateResult(NamedTuple):
+    """Global gradient norm before clipping, and whether the update was made (it is not when that is not finite)."""
+
+    grad_norm: float
+    applied: bool
+
+
+class Backend(Protocol):
+    """One or many processes; the trainer never asks which."""
+
+    device: torch.device
+
+    def forward_backward(self, batch: Batch, num_passes: int, traced: bool = False) -> StepResult: ...
+    def step(self, lr_factor: float) -> UpdateResult: ...
+    def evaluate(self, batch: Batch, num_passes: int) -> Output: ...
+    def state(self) -> dict[str, dict[str, Tensor]]: ...
+    def load(self, state: dict[str, dict[str, Tensor]]) -> None: ...
+
+
+class LocalBackend:
+    """Plain torch in one process."""
+
+    def __init__(self, config: Config, vocab_size: int) -> None:
+        self.config, self.device = config, choose_device(config.run.device)
+        self.model = SleepModel(config.model, config.sleep, vocab_size, config.run.seed).to(self.device)
+        self.optimizer = MuonAdamW(self.model, config.optim)
+
+    def forward_backward(self, batch: Batch, num_passes: int, traced: bool = False) -> StepResult:
+        """Gradients of the mean loss over the batch's targets, summed over its microbatches."""
+        micro, num_targets = self.config.data.micro_batch, batch.num_targets
+        loss = torch.zeros((), device=self.device)
+        trace: list[PassTrace] = []
+        for start in range(0, len(batch.ids), micro):
+            part = batch.rows(slice(start, start + micro)).to(self.device)
+            with self._autocast():
+                output = self.model(part, num_passes, trace=trace if traced and start == 0 else None)
+                part_loss = output.loss_sum / num_targets
+            part_loss.backward()
+            loss += part_loss.detach()
+        return StepResult(loss, trace)
+
+    def step(self, lr_factor: float) -> UpdateResult:
+        """Clips, updates, clears the gradients; leaves weights and optimizer untouched on a non-finite gradient."""
+        parameters = [p for p in self.model.parameters() if p.grad is not None]
+        gradients = [p.grad for p in parameters]
+        norm = torch.nn.utils.get_total_norm(gradients)
+        grad_norm = float(norm)
+        applied = grad_norm < float("inf")  # False for nan, too
+        if applied:
+            if self.config.optim.clip_norm:
+                torch.nn.utils.clip_grads_with_norm_(parameters, self.config.optim.clip_norm, norm)
+            self.optimizer.step(lr_factor)
+        for parameter in parameters:
+            parameter.grad = None
+        return UpdateResult(grad_norm, applied)
+
+    @torch.no_grad()
+    def evaluate(self, batch: Batch, num_passes: int) -> Output:
+        with self._autocast():
+            return self.model(batch.to(self.device), num_passes)
+
+    def state(self) -> dict[str, dict[str, Tensor]]:
+        """Logical tensors by name: ``model`` and ``optimizer``."""
+        model = {name: p.detach() for name, p in self.model.named_parameters()}
+        return {"model": model, "optimizer": self.optimizer.state()}
+
+    @torch.no_grad()
+    def load(self, state: dict[str, dict[str, Tensor]]) -> None:
+        self.load_model(state["model"])
+        self.optimizer.load(state["optimizer"])
+
+    @torch.no_grad()
+    def load_model(self, tensors: dict[str, Tensor]) -> None:
+        """Takes over weights; ValueError with the names when they are not exactly this model's."""
+        own = dict(self.model.named_parameters())
+        wrong = sorted(own.keys() ^ tensors.keys())
+        wrong += [name for name in own.keys() & tensors.keys() if own[name].shape != tensors[name].shape]
+        if wrong:
+            raise ValueError(
+                f"the checkpoint's weights are not this model's; they differ in {', '.join(wrong[:5])}"
+            )
+        for name, parameter in own.items():
+            parameter.copy_(tensors[name])
+
+    def _autocast(self) -> AbstractContextManager:
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=compute_dtype(self) == torch.bfloat16)
+
+
+def choose_device(setting: str) -> torch.device:
+    """``auto`` takes CUDA where there is one; ValueError where it is asked for and absent."""
+    if setting == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if setting == "cuda" and not torch.cuda.is_available():
+        raise ValueError("run.device=cuda, but torch sees no CUDA device; use run.device=cpu or auto")
+    return torch.device(setting)
+
+
+def compute_dtype(backend: LocalBackend) -> torch.dtype:
+    """bfloat16 on CUDA and float32 on CPU unless ``run.precision`` says otherwise."""
+    setting = backend.config.run.precision
+    if setting == "auto":
+        return torch.bfloat16 if backend.device.type == "cuda" else torch.float32
+    return {"float32": torch.float32, "bfloat16": torch.bfloat16}[setting]
