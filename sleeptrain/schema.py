@@ -22,6 +22,8 @@ def unknown(kind: str, name: object, known: typing.Iterable[str]) -> str:
     """The sentence for a name that does not exist, with its nearest neighbour first."""
     options = sorted(known)
     close = difflib.get_close_matches(str(name), options, n=1)
+    if close and len(options) > 12:
+        return f"unknown {kind} {name!r}; did you mean {close[0]!r}? --help lists all"
     hint = f"did you mean {close[0]!r}? " if close else ""
     return f"unknown {kind} {name!r}; {hint}known: {', '.join(options)}"
 

@@ -1,5 +1,6 @@
 """What the trainer talks to: forward/backward, step, evaluate, and the state of a run's tensors."""
 
+import math
 from contextlib import AbstractContextManager
 from typing import NamedTuple, Protocol
 
@@ -20,8 +21,9 @@ class StepResult(NamedTuple):
 
 
 class UpdateResult(NamedTuple):
-    """Global gradient norm before clipping, and whether the update was made (it is not when that is not finite)."""
+    """Loss, global gradient norm before clipping, and whether the update was made: not if one of them is not finite."""
 
+    loss: float
     grad_norm: float
     applied: bool
 
@@ -32,7 +34,7 @@ class Backend(Protocol):
     device: torch.device
 
     def forward_backward(self, batch: Batch, num_passes: int, traced: bool = False) -> StepResult: ...
-    def step(self, lr_factor: float) -> UpdateResult: ...
+    def step(self, lr_factor: float, loss: Tensor) -> UpdateResult: ...
     def evaluate(self, batch: Batch, num_passes: int) -> Output: ...
     def state(self) -> dict[str, dict[str, Tensor]]: ...
     def load(self, state: dict[str, dict[str, Tensor]]) -> None: ...
@@ -60,20 +62,20 @@ class LocalBackend:
             loss += part_loss.detach()
         return StepResult(loss, trace)
 
-    def step(self, lr_factor: float) -> UpdateResult:
-        """Clips, updates, clears the gradients; leaves weights and optimizer untouched on a non-finite gradient."""
+    def step(self, lr_factor: float, loss: Tensor) -> UpdateResult:
+        """Clips, updates, clears the gradients; leaves weights and optimizer untouched when loss or norm is not finite."""
         parameters = [p for p in self.model.parameters() if p.grad is not None]
         gradients = [p.grad for p in parameters]
         norm = torch.nn.utils.get_total_norm(gradients)
-        grad_norm = float(norm)
-        applied = grad_norm < float("inf")  # False for nan, too
+        loss_value, grad_norm = torch.stack([loss, norm]).tolist()  # the one wait for the device in a step
+        applied = math.isfinite(loss_value) and math.isfinite(grad_norm)
         if applied:
             if self.config.optim.clip_norm:
                 torch.nn.utils.clip_grads_with_norm_(parameters, self.config.optim.clip_norm, norm)
             self.optimizer.step(lr_factor)
         for parameter in parameters:
             parameter.grad = None
-        return UpdateResult(grad_norm, applied)
+        return UpdateResult(loss_value, grad_norm, applied)
 
     @torch.no_grad()
     def evaluate(self, batch: Batch, num_passes: int) -> Output:

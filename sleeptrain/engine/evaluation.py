@@ -1,0 +1,88 @@
+"""Held-out loss and accuracy by difficulty and by N."""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+from sleeptrain.data.batch import make_batch
+from sleeptrain.parallel.backend import Backend
+from sleeptrain.tasks.base import Split, Task
+
+EVAL_SEED = 0  # the held-out examples are the same for every run, whatever its own seed
+
+
+class EvalResult(NamedTuple):
+    """Means over ``num_examples`` examples of one difficulty, with N passes over each window slept on.
+
+    ``metrics`` holds ``loss`` (nats per target) and the task's own metrics.
+    """
+
+    num_passes: int
+    difficulty: int
+    num_examples: int
+    metrics: dict[str, float]
+
+
+def evaluate(
+    backend: Backend,
+    task: Task,
+    split: Split,
+    num_passes: Sequence[int],
+    difficulties: Sequence[int],
+    num_examples: int,
+    batch_sequences: int,
+    window_tokens: int,
+) -> list[EvalResult]:
+    """Every pair of N and difficulty on the same examples; fewer than ``num_examples`` where the split is smaller."""
+    count = min(num_examples, task.num_examples(split) or num_examples)
+    results = []
+    for difficulty in difficulties or task.difficulties:
+        batches = [
+            task.examples(EVAL_SEED, np.arange(start, min(start + batch_sequences, count)), split, difficulty)
+            for start in range(0, count, batch_sequences)
+        ]
+        for n in num_passes:
+            scores: dict[str, list[np.ndarray]] = {}
+            loss_sum, num_targets = 0.0, 0
+            for examples in batches:
+                batch = make_batch(examples, window_tokens)
+                output = backend.evaluate(batch, n)
+                loss_sum += float(output.loss_sum)
+                num_targets += batch.num_targets
+                nll = output.nll.double().cpu().numpy()
+                for name, values in task.score(output.predictions.cpu().numpy(), nll, examples).items():
+                    scores.setdefault(name, []).append(values)
+            metrics = {"loss": loss_sum / num_targets}
+            metrics |= {name: float(np.concatenate(values).mean()) for name, values in scores.items()}
+            results.append(EvalResult(n, difficulty, count, metrics))
+    return results
+
+
+def as_row(results: list[EvalResult], difficulty_name: str, trained_passes: int) -> dict[str, float]:
+    """Flat metrics: ``eval/METRIC`` at the training N over all difficulties, and one for each difficulty and N."""
+    row: dict[str, float] = {}
+    trained = [r for r in results if r.num_passes == trained_passes]
+    for name in results[0].metrics:
+        row[f"eval/{name}"] = sum(r.metrics[name] for r in trained) / len(trained)
+    for r in results:
+        for name, value in r.metrics.items():
+            row[f"eval/{name}/{difficulty_name}_{r.difficulty}/passes_{r.num_passes}"] = value
+    return row
+
+
+def as_table(results: list[EvalResult], difficulty_name: str) -> str:
+    """One block per metric: difficulties down, N across."""
+    passes = sorted({r.num_passes for r in results})
+    by_place = {(r.difficulty, r.num_passes): r for r in results}
+    lines = []
+    for name in results[0].metrics:
+        lines.append(f"{name:<20}" + "".join(f"{f'N={n}':>10}" for n in passes))
+        for difficulty in dict.fromkeys(r.difficulty for r in results):
+            values = (by_place[difficulty, n].metrics[name] for n in passes)
+            lines.append(
+                f"  {difficulty_name} {difficulty:<{17 - len(difficulty_name)}}"
+                + "".join(f"{v:>10.4f}" for v in values)
+            )
+        lines.append("")
+    return "\n".join(lines)

@@ -1,0 +1,79 @@
+"""Metrics of a run: every row to ``metrics.jsonl``, and to Weights & Biases when asked. The only door to wandb."""
+
+import json
+import os
+import resource
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from sleeptrain.config import Config
+from sleeptrain.schema import ConfigError, to_dict
+
+FILE_NAME = "metrics.jsonl"
+
+
+class MetricsWriter:
+    """Appends rows; a row is a flat dict with its ``step``. Opening it continues what is there."""
+
+    def __init__(self, folder: Path, config: Config) -> None:
+        self._file = (folder / FILE_NAME).open("a", encoding="utf-8")
+        self._wandb = start_wandb(folder, config) if config.log.wandb != "off" else None
+
+    def write(self, step: int, row: dict[str, Any]) -> None:
+        self._file.write(json.dumps({"step": step, **row}, allow_nan=False) + "\n")
+        self._file.flush()
+        if self._wandb is not None:
+            self._wandb.log(row, step=step)
+
+    def sync(self) -> None:
+        """Rows written so far survive a crash of the machine: called before a checkpoint refers to their step."""
+        self._file.flush()
+        os.fsync(self._file.fileno())
+
+    def close(self) -> None:
+        self.sync()
+        self._file.close()
+        if self._wandb is not None:
+            self._wandb.finish()
+
+
+def read_metrics(folder: Path) -> list[dict[str, Any]]:
+    """The rows of a run, in order."""
+    lines = (folder / FILE_NAME).read_text(encoding="utf-8").splitlines()
+    return [json.loads(line) for line in lines]
+
+
+def check_wandb(config: Config) -> None:
+    """Raises ConfigError before anything starts when the run is to go to wandb and there is no key."""
+    if config.log.wandb != "online":
+        return
+    import wandb
+
+    if not wandb.api.api_key:
+        raise ConfigError(
+            "log.wandb=online, but no API key is set; run `wandb login`, set WANDB_API_KEY, or use log.wandb=offline"
+        )
+
+
+def start_wandb(folder: Path, config: Config) -> Any:
+    """A wandb run with the id of ours, so that a resumed run goes on there, too."""
+    import wandb
+
+    return wandb.init(
+        id=config.run.id,
+        name=config.run.id,
+        project=config.log.wandb_project,
+        dir=str(folder),
+        mode=config.log.wandb,  # "offline" or "online"
+        resume="allow",
+        config=to_dict(config),
+    )
+
+
+def peak_memory_gib(device: torch.device) -> float:
+    """Peak memory of the device, or of the process on a CPU, since the start."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**30
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20  # Linux counts in KiB

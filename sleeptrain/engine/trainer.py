@@ -1,0 +1,266 @@
+"""The training loop: next batch, forward/backward, step, log, evaluate, save; it resumes by default, bit for bit."""
+
+import math
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from sleeptrain.checkpoint import store
+from sleeptrain.checkpoint.durable import replace_file
+from sleeptrain.checkpoint.manifest import CheckpointError, differences
+from sleeptrain.config import Config
+from sleeptrain.data.batch import Batch
+from sleeptrain.data.stream import TrainStream
+from sleeptrain.engine.evaluation import as_row, as_table, evaluate
+from sleeptrain.engine.figures import draw_learning_curve
+from sleeptrain.engine.metrics import FILE_NAME, MetricsWriter, check_wandb, peak_memory_gib, read_metrics
+from sleeptrain.engine.progress import Progress
+from sleeptrain.engine.resilience import EXIT_REQUEUE, RunLock, SkipGuard, StopSignal, cut_metrics
+from sleeptrain.model.flops import peak_flops, training_flops
+from sleeptrain.model.sleep import PassTrace, cut, plan
+from sleeptrain.optim.schedule import lr_factor, num_passes_at
+from sleeptrain.parallel.backend import LocalBackend
+from sleeptrain.schema import ConfigError, to_dict
+from sleeptrain.tasks import make_task
+
+# Settings that may change between two starts of a run: they do not touch what it computes.
+FREE_SETTINGS = (
+    *("run.id", "run.dir", "run.device", "run.num_threads", "run.allow_config_change", "dry_run"),
+    "sleep.activation_checkpointing",
+)
+FREE_SECTIONS = ("log.", "checkpoint.", "eval.")
+
+
+def train(config: Config, frozen_config: str) -> int:
+    """Trains to the end or to a stop signal; returns the exit code. ``frozen_config`` is written as config.yaml."""
+    check_wandb(config)
+    folder = Path(config.run.dir)
+    folder.mkdir(parents=True, exist_ok=True)
+    with RunLock(folder), StopSignal() as stop:
+        return Trainer(config, folder, frozen_config).run(stop)
+
+
+class Trainer:
+    """One run in its folder: the backend, the data order and everything that a checkpoint holds."""
+
+    def __init__(self, config: Config, folder: Path, frozen_config: str) -> None:
+        self.config, self.folder = config, folder
+        if config.run.num_threads:
+            torch.set_num_threads(config.run.num_threads)
+        torch.use_deterministic_algorithms(config.run.deterministic)
+        self.task = make_task(config.task)
+        self.backend = LocalBackend(config, self.task.vocab_size)
+        self.stream = TrainStream(
+            self.task, config.run.seed, config.data.batch_sequences, config.sleep.window_tokens
+        )
+        self.guard = SkipGuard(config.optim.max_skipped_steps)
+        self.interval = Interval()
+        self.step = self.saved_step = 0
+        self.documents = {"config": to_dict(config), "data": self.task.fingerprint()}
+        self._resume()
+        replace_file(folder / "config.yaml", frozen_config.encode())
+        cut_metrics(folder / FILE_NAME, self.step)
+
+    def run(self, stop: StopSignal) -> int:
+        """The loop. Returns 0 at the end, EXIT_REQUEUE after a stop signal."""
+        config, num_steps = self.config, self.config.optim.num_steps
+        metrics = MetricsWriter(self.folder, config)
+        progress = Progress(num_steps, self.step)
+        progress.line(f"run {config.run.id}: step {self.step} of {num_steps} in {self.folder}")
+        try:
+            while self.step < num_steps and not stop.requested:
+                trace = self.train_step()
+                figures = None
+                if _due(self.step, config.log.every_steps):
+                    row = self._training_row(trace)
+                    metrics.write(self.step, row)
+                    figures = _shown(row)
+                progress.update(self.step, figures)
+                if _due(self.step, config.eval.every_steps) or self.step == num_steps:
+                    self._evaluate(metrics, progress)
+                if _due(self.step, config.checkpoint.every_steps) or self.step == num_steps:
+                    self._save(metrics, progress)
+            if self.step > self.saved_step:
+                self._save(metrics, progress)
+        finally:
+            progress.close()
+            metrics.close()
+        if self.step < num_steps:
+            print(
+                f"stopped by {stop.requested} after step {self.step}, which is saved; the same command goes on"
+            )
+            return EXIT_REQUEUE
+        for path in draw_learning_curve(read_metrics(self.folder), self.folder / "figures", config.run.id):
+            print(f"wrote {path}")
+        return 0
+
+    def train_step(self) -> list[PassTrace]:
+        """One optimizer step; returns the norms of S by pass on steps whose row is due."""
+        config, step = self.config, self.step
+        start = time.perf_counter()
+        batch = self.stream.batch(step)
+        self.interval.data_seconds += time.perf_counter() - start
+        num_passes = num_passes_at(step, config.sleep, config.optim.num_steps, config.run.seed)
+        traced = _due(step + 1, config.log.every_steps)
+        result = self.backend.forward_backward(batch, num_passes, traced)
+        factor = lr_factor(step, config.optim)
+        update = self.backend.step(factor, result.loss)
+        self.guard.record(skipped=not update.applied)
+        self.interval.add(
+            update.loss if update.applied else None, update.grad_norm, num_passes, factor, batch
+        )
+        self.interval.seconds += time.perf_counter() - start
+        self.step += 1
+        return result.trace
+
+    def _training_row(self, trace: list[PassTrace]) -> dict[str, Any]:
+        """Means over the steps since the last row, and the newest value of everything else."""
+        interval, config = self.interval, self.config
+        length = self.task.sequence_tokens
+        windows = cut(length, config.sleep.window_tokens, interval.windows_with_loss)
+        visits = plan(windows, interval.num_passes, config.model, config.sleep)
+        pass_tokens = sum(
+            windows[w].stop - windows[w].start for w, _ in {(v.window, v.pass_number) for v in visits}
+        )
+        sequences_per_second = interval.num_steps * config.data.batch_sequences / interval.seconds
+        row: dict[str, Any] = {
+            "train/loss": interval.mean_loss(),
+            "train/grad_norm": interval.grad_norm if math.isfinite(interval.grad_norm) else None,
+            "train/muon_lr": config.optim.muon_lr * interval.lr_factor,
+            "train/adamw_lr": config.optim.adamw_lr * interval.lr_factor,
+            "train/num_passes": interval.num_passes,
+            "train/tokens": self.step * config.data.batch_sequences * length,
+            "train/skipped_steps": self.guard.total,
+            "train/tokens_per_second": sequences_per_second * length,
+            "train/pass_tokens_per_second": sequences_per_second * pass_tokens,
+            "train/step_seconds": interval.seconds / interval.num_steps,
+            "train/data_seconds": interval.data_seconds / interval.num_steps,
+            "train/memory_gib": peak_memory_gib(self.backend.device),
+        }
+        for n in sorted({t.pass_number for t in trace}):
+            of_pass = [t for t in trace if t.pass_number == n]
+            row[f"memory/norm/pass_{n}"] = float(sum(t.norm for t in of_pass)) / len(of_pass)
+            row[f"memory/update/pass_{n}"] = float(sum(t.update for t in of_pass)) / len(of_pass)
+        row |= self._utilisation(windows, visits, sequences_per_second)
+        self.interval = Interval()
+        return row
+
+    def _utilisation(self, windows: list, visits: list, sequences_per_second: float) -> dict[str, float]:
+        """Model and hardware FLOPs utilisation, where the peak of the device is known."""
+        if self.backend.device.type != "cuda":
+            return {}
+        peak = peak_flops(torch.cuda.get_device_name(self.backend.device))
+        if peak is None:
+            return {}
+        cost = training_flops(self.config.model, self.config.sleep, windows, visits, self.task.vocab_size)
+        return {
+            "train/mfu": cost.model * sequences_per_second / peak,
+            "train/hfu": cost.hardware * sequences_per_second / peak,
+        }
+
+    def _evaluate(self, metrics: MetricsWriter, progress: Progress) -> None:
+        config, start = self.config, time.perf_counter()
+        num_passes = sorted({config.sleep.num_passes, *config.eval.num_passes})
+        results = evaluate(
+            self.backend,
+            self.task,
+            "validation",
+            num_passes,
+            config.eval.difficulties,
+            config.eval.num_examples,
+            config.eval.batch_sequences,
+            config.sleep.window_tokens,
+        )
+        row = as_row(results, self.task.difficulty_name, config.sleep.num_passes)
+        metrics.write(self.step, row | {"eval_seconds": time.perf_counter() - start})
+        progress.line(f"held out, after step {self.step}:\n{as_table(results, self.task.difficulty_name)}")
+
+    def _save(self, metrics: MetricsWriter, progress: Progress) -> None:
+        """A checkpoint of the current step. A full disk costs the checkpoint, not the run, except at its end."""
+        metrics.sync()
+        trainer = {"step": self.step, "guard": self.guard.state(), "interval": self.interval.state()}
+        kept = (self.config.checkpoint.keep_last, self.config.checkpoint.keep_every_steps)
+        documents = self.documents | {"trainer": trainer}
+        try:
+            store.save(self.folder / "checkpoints", self.step, self.backend.state(), documents, *kept)
+            self.saved_step = self.step
+        except CheckpointError as error:
+            if self.step == self.config.optim.num_steps:
+                raise
+            progress.line(f"warning: {error}; training goes on")
+
+    def _resume(self) -> None:
+        """Goes on from the newest valid checkpoint; raises ConfigError when it belongs to another run."""
+        found = store.find_latest(self.folder / "checkpoints", report=lambda text: print(f"warning: {text}"))
+        if found is None:
+            return
+        saved = {name: found.documents.get(name, {}) for name in ("config", "data")}
+        differing = [
+            line
+            for name in ("config", "data")
+            for line in differences(saved[name], self.documents[name])
+            if name == "data" or not _is_free(line.split(":")[0])
+        ]
+        if differing and not self.config.run.allow_config_change:
+            raise ConfigError(
+                f"{found.path} was trained with other settings: {'; '.join(differing)}; go back to them, "
+                "choose another run.id, or set run.allow_config_change=true"
+            )
+        for line in differing:
+            print(f"warning: going on with other settings, {line}")
+        try:
+            self.backend.load(found.tensors)
+        except (KeyError, ValueError) as error:
+            raise ConfigError(
+                f"{found.path} does not fit this run: {error}; choose another run.id"
+            ) from error
+        self.step = self.saved_step = found.step
+        self.guard.load(found.documents["trainer"]["guard"])
+        self.interval.load(found.documents["trainer"]["interval"])
+
+
+class Interval:
+    """What happened since the last row of metrics; part of the checkpoint, so that rows do not depend on restarts."""
+
+    def __init__(self) -> None:
+        self.loss_sum, self.num_losses = 0.0, 0
+        self.num_steps, self.seconds, self.data_seconds = 0, 0.0, 0.0
+
+    def add(
+        self, loss: float | None, grad_norm: float, num_passes: int, lr_factor: float, batch: Batch
+    ) -> None:
+        if loss is not None:
+            self.loss_sum += loss
+            self.num_losses += 1
+        self.num_steps += 1
+        self.grad_norm, self.num_passes, self.lr_factor = grad_norm, num_passes, lr_factor
+        self.windows_with_loss = batch.windows_with_loss
+
+    def mean_loss(self) -> float | None:
+        return self.loss_sum / self.num_losses if self.num_losses else None
+
+    def state(self) -> dict[str, float]:
+        return {"loss_sum": self.loss_sum, "num_losses": self.num_losses}
+
+    def load(self, state: dict[str, float]) -> None:
+        self.loss_sum, self.num_losses = state["loss_sum"], int(state["num_losses"])
+
+
+def _due(step: int, every_steps: int) -> bool:
+    return every_steps > 0 and step % every_steps == 0
+
+
+def _is_free(setting: str) -> bool:
+    return setting in FREE_SETTINGS or setting.startswith(FREE_SECTIONS)
+
+
+def _shown(row: dict[str, Any]) -> dict[str, str]:
+    loss = row["train/loss"]
+    return {
+        "loss": "none" if loss is None else f"{loss:.4f}",
+        "N": str(row["train/num_passes"]),
+        "lr": f"{row['train/muon_lr']:.2e}",
+        "tok/s": f"{row['train/tokens_per_second']:,.0f}",
+    }

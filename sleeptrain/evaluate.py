@@ -1,0 +1,141 @@
+"""Entry point: checkpoint -> held-out loss and accuracy by task, difficulty and N, as a table and as JSON.
+
+``python -m sleeptrain.evaluate checkpoint=runs/quickstart num_passes=[1,2,4] difficulties=[2,4,8]``
+"""
+
+import json
+import sys
+import textwrap
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from omegaconf import OmegaConf
+
+from sleeptrain.config import Config
+from sleeptrain.schema import ConfigError, describe, from_dict, setting
+
+USAGE = """\
+usage: python -m sleeptrain.evaluate checkpoint=FOLDER [KEY=VALUE ...] [task.KEY=VALUE ...]
+
+Scores a checkpoint on held-out examples for every pair of difficulty and N, prints a table and writes JSON.
+task.KEY=VALUE changes the task from the one it was trained on, as long as the vocabulary stays the same.
+
+  python -m sleeptrain.evaluate checkpoint=runs/quickstart num_passes=[1,2,4] difficulties=[2,4,8]
+"""
+
+
+@dataclass(frozen=True)
+class EvaluateConfig:
+    """What to evaluate."""
+
+    checkpoint: str = setting("", "run folder (its newest valid checkpoint) or one checkpoint folder")
+    split: Literal["validation", "test", "train"] = setting("test", "which examples, split by content")
+    num_passes: tuple[int, ...] = setting((), "list of N; empty: the training N")
+    difficulties: tuple[int, ...] = setting((), "list of difficulties; empty: the task's own")
+    num_examples: int = setting(2048, "examples per difficulty")
+    batch_sequences: int = setting(256, "sequences evaluated at once")
+    device: Literal["auto", "cpu", "cuda"] = setting("auto", "auto: cuda if there is one")
+    output: str = setting("", "JSON file; empty: eval/ in the run folder")
+
+    def __post_init__(self) -> None:
+        if not self.checkpoint:
+            raise ConfigError("checkpoint is not given; write checkpoint=runs/NAME")
+        for name in ("num_examples", "batch_sequences", *(["num_passes"] if self.num_passes else [])):
+            value = getattr(self, name)
+            if min(value if isinstance(value, tuple) else (value,)) < 1:
+                raise ConfigError(f"{name}={value} must be at least 1")
+
+
+def main(arguments: list[str]) -> int:
+    """Returns the exit code: 0 done, 2 a setting or the checkpoint is wrong."""
+    if "--help" in arguments or "-h" in arguments:
+        print(USAGE)
+        for name, default, text in describe(EvaluateConfig):
+            print(
+                textwrap.fill(
+                    text, 100, initial_indent=f"  {name + '=' + default:<28} ", subsequent_indent=" " * 31
+                )
+            )
+        return 0
+    from sleeptrain.checkpoint.manifest import CheckpointError
+
+    try:
+        for argument in arguments:
+            if "=" not in argument:
+                raise ConfigError(f"{argument!r} is no setting; write KEY=VALUE, and see --help for the keys")
+        given: dict[str, Any] = OmegaConf.to_container(OmegaConf.from_cli(arguments))  # type: ignore[assignment]
+        task_changes = given.pop("task", {})
+        run(from_dict(EvaluateConfig, given), task_changes)
+        return 0
+    except (ConfigError, CheckpointError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+
+
+def run(settings: EvaluateConfig, task_changes: dict[str, Any]) -> Path:
+    """Evaluates, prints the table, and returns the JSON file it wrote."""
+    from sleeptrain.checkpoint import store
+    from sleeptrain.checkpoint.durable import replace_file
+    from sleeptrain.engine.evaluation import as_table, evaluate
+    from sleeptrain.parallel.backend import LocalBackend
+    from sleeptrain.tasks import make_task
+
+    folder = Path(settings.checkpoint)
+    found = (
+        store.load(folder)
+        if (folder / "manifest.json").exists()
+        else store.find_latest(folder / "checkpoints", print)
+    )
+    if found is None:
+        raise ConfigError(
+            f"checkpoint={settings.checkpoint} holds no checkpoint; give a run folder or a step folder"
+        )
+    saved = found.documents["config"]
+    same_task = task_changes.get("name", saved["task"]["name"]) == saved["task"]["name"]
+    saved["task"] = (saved["task"] if same_task else {}) | task_changes
+    saved["run"]["device"] = settings.device
+    config = from_dict(Config, saved)
+    task = make_task(config.task)
+    vocab_size = len(found.tensors["model"]["embed.weight"])
+    if task.vocab_size != vocab_size:
+        raise ConfigError(
+            f"the task needs a vocabulary of {task.vocab_size} and the checkpoint has {vocab_size}; change task.* back"
+        )
+    backend = LocalBackend(config, vocab_size)
+    backend.load_model(found.tensors["model"])
+    num_passes = settings.num_passes or (config.sleep.num_passes,)
+    results = evaluate(
+        backend,
+        task,
+        settings.split,
+        num_passes,
+        settings.difficulties,
+        settings.num_examples,
+        settings.batch_sequences,
+        config.sleep.window_tokens,
+    )
+    print(f"{found.path}, {settings.split} split, {results[0].num_examples} examples per difficulty\n")
+    print(as_table(results, task.difficulty_name))
+    run_folder = found.path.parent.parent
+    path = (
+        Path(settings.output)
+        if settings.output
+        else run_folder / "eval" / f"{found.path.name}_{settings.split}.json"
+    )
+    path.parent.mkdir(parents=True, exist_ok=True)
+    document = {
+        "checkpoint": str(found.path),
+        "step": found.step,
+        "split": settings.split,
+        "task": saved["task"],
+        "trained_num_passes": config.sleep.num_passes,
+        "results": [r._asdict() for r in results],
+    }
+    replace_file(path, json.dumps(document, indent=2).encode())
+    print(f"wrote {path}")
+    return path
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,116 @@
+"""Entry point: compose the config, freeze it, train. ``python -m sleeptrain.pretrain experiment=quickstart``
+
+Hydra composes the values of ``configs/`` with ``KEY=VALUE`` arguments; the same command again resumes the run.
+"""
+
+import sys
+import textwrap
+from pathlib import Path
+from typing import Any
+
+from hydra import compose, initialize_config_dir
+from hydra.core.config_store import ConfigStore
+from hydra.errors import HydraException
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from sleeptrain.config import Config
+from sleeptrain.schema import ConfigError, describe, flatten, from_dict, to_dict, unknown
+
+CONFIGS = Path(__file__).resolve().parent.parent / "configs"
+EXIT_CONFIG = 2
+
+USAGE = """\
+usage: python -m sleeptrain.pretrain [experiment=NAME] [baseline=NAME] [KEY=VALUE ...]
+
+Trains a model that sleeps, and resumes when the run folder already holds a checkpoint.
+
+  python -m sleeptrain.pretrain experiment=quickstart
+  python -m sleeptrain.pretrain experiment=quickstart sleep.num_passes=4 run.id=n4
+  python -m sleeptrain.pretrain experiment=rule110_paper dry_run=true
+"""
+
+
+def main(arguments: list[str]) -> int:
+    """Returns the exit code: 0 done, 2 a setting is wrong, 75 stopped by a signal and saved, 1 training failed."""
+    if "--help" in arguments or "-h" in arguments:
+        print(help_text())
+        return 0
+    try:
+        config = compose_config(arguments)
+        if config.dry_run:
+            from sleeptrain.engine.plan_report import plan_report
+            from sleeptrain.tasks import make_task
+
+            print(plan_report(config, make_task(config.task)))
+            return 0
+        from sleeptrain.engine.trainer import train
+
+        return train(config, OmegaConf.to_yaml(OmegaConf.create(to_dict(config))))
+    except ConfigError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return EXIT_CONFIG
+    except RuntimeError as error:
+        if type(error) is RuntimeError:  # a fault of ours or of torch: show where
+            raise
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+
+
+def compose_config(arguments: list[str]) -> Config:
+    """``configs/config.yaml`` with its groups and ``KEY=VALUE`` arguments, checked; raises ConfigError."""
+    if not CONFIGS.is_dir():
+        raise ConfigError(f"the folder {CONFIGS} is missing; run from a checkout of sleeptrain")
+    for argument in arguments:
+        if "=" not in argument:
+            raise ConfigError(f"{argument!r} is no setting; write KEY=VALUE, and see --help for the keys")
+    defaults: dict[str, Any] = to_dict(Config())
+    del defaults["task"]  # its keys depend on which task it is: they come from configs/task
+    ConfigStore.instance().store(name="defaults", node=OmegaConf.create(defaults))
+    _check_names(arguments, set(flatten(defaults)))
+    try:
+        with initialize_config_dir(str(CONFIGS), version_base=None):
+            composed = OmegaConf.to_container(compose("config", overrides=arguments), resolve=True)
+    except (HydraException, OmegaConfBaseException) as error:
+        raise ConfigError(" ".join(str(error).split())) from error
+    return from_dict(Config, composed)  # type: ignore[arg-type]
+
+
+def _check_names(arguments: list[str], settings: set[str]) -> None:
+    """A sentence with the nearest name, where Hydra would print a page."""
+    groups = {
+        folder.name: sorted(p.stem for p in folder.glob("*.yaml"))
+        for folder in CONFIGS.iterdir()
+        if folder.is_dir()
+    }
+    for argument in arguments:
+        key, value = argument.split("=", 1)
+        key = key.lstrip("+~")
+        if key in groups:
+            for name in value.strip("[]").split(","):
+                if name not in groups[key]:
+                    raise ConfigError(unknown(key, name, groups[key]))
+        elif key not in settings and not key.startswith("task."):
+            raise ConfigError(unknown("setting", key, settings | groups.keys()))
+
+
+def help_text() -> str:
+    """Every group with its choices, every setting with its default and meaning."""
+    lines = [USAGE, "choices (GROUP=NAME):"]
+    for folder in sorted(p for p in CONFIGS.iterdir() if p.is_dir()):
+        names = ", ".join(sorted(p.stem for p in folder.glob("*.yaml")))
+        lines.append(
+            textwrap.fill(names, 100, initial_indent=f"  {folder.name + '=':<14}", subsequent_indent=" " * 16)
+        )
+    lines.append("\nsettings (KEY=VALUE), with the defaults that an experiment may change:")
+    for name, default, text in describe(Config):
+        lines.append(
+            textwrap.fill(
+                text, 100, initial_indent=f"  {name + '=' + default:<42} ", subsequent_indent=" " * 45
+            )
+        )
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
