@@ -44,7 +44,7 @@ class Batch:
 def make_batch(examples: Examples, window_tokens: int) -> Batch:
     """``window_tokens`` 0: the whole sequence is one window."""
     length = window_tokens or examples.ids.shape[1]
-    has_loss = examples.loss_mask.any(axis=0)
+    has_loss = np.asarray(examples.loss_mask.any(axis=0))
     return Batch(
         ids=torch.from_numpy(examples.ids),
         targets=torch.from_numpy(examples.targets),

@@ -66,7 +66,7 @@ def start_wandb(folder: Path, config: Config) -> Any:
         name=config.run.id,
         project=config.log.wandb_project,
         dir=str(folder),
-        mode=config.log.wandb,  # "offline" or "online"
+        mode="online" if config.log.wandb == "online" else "offline",
         resume="allow",
         config=to_dict(config),
     )

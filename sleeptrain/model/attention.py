@@ -4,60 +4,13 @@ Keys are stored unrotated, with positions relative to the current window (negati
 any length stay exact. Shape letters: B batch, T tokens of this call, S stored tokens, H query heads, G key/value heads.
 """
 
-from typing import NamedTuple
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sleeptrain.config import BlockSpec, ModelConfig
 from sleeptrain.model.layers import rotary_table, rotate
-
-
-class KVCache(NamedTuple):
-    """Keys and values of earlier tokens: ``[B, S, G, head_dim]``, their positions and validity ``[B, S]``."""
-
-    keys: Tensor
-    values: Tensor
-    positions: Tensor
-    valid: Tensor
-
-    def newest(self, num_tokens: int) -> "KVCache":
-        """The last ``num_tokens`` entries that are no pads come last; older ones are dropped."""
-        if num_tokens >= self.keys.shape[1]:
-            return self
-        if num_tokens == 0:
-            return KVCache(*(x[:, :0] for x in self))
-        order = self.valid.to(torch.int8).argsort(dim=1, stable=True)[:, -num_tokens:]
-        wide = order[..., None, None].expand(-1, -1, *self.keys.shape[2:])
-        return KVCache(
-            self.keys.gather(1, wide),
-            self.values.gather(1, wide),
-            self.positions.gather(1, order),
-            self.valid.gather(1, order),
-        )
-
-    def followed_by(self, newer: "KVCache") -> "KVCache":
-        return KVCache(*(torch.cat(pair, dim=1) for pair in zip(self, newer)))
-
-    def shifted(self, num_tokens: Tensor) -> "KVCache":
-        """Positions as seen from a window that starts ``num_tokens`` ``[B]`` later."""
-        return self._replace(positions=self.positions - num_tokens[:, None])
-
-
-class Tokens(NamedTuple):
-    """What a mixer knows of the tokens of a call beside their hidden states.
-
-    ``positions`` ``[B or 1, T]`` count real tokens from the start of the window; ``valid`` ``[B, T]`` is False on pads,
-    None where there are none; ``rotary`` is the table of these positions; ``keeps_cache`` asks for what survives.
-    """
-
-    positions: Tensor
-    valid: Tensor | None
-    rotary: tuple[Tensor, Tensor]
-    window_tokens: int
-    keeps_cache: bool
-    keeps_tail: bool
+from sleeptrain.model.state import BlockState, KVCache, Tokens
 
 
 class Attention(nn.Module):
@@ -73,9 +26,9 @@ class Attention(nn.Module):
         self.v_proj = nn.Linear(config.d_model, key_value, bias=False)
         self.o_proj = nn.Linear(query, config.d_model, bias=False)
 
-    def forward(self, x_BTD: Tensor, cache: KVCache | None, tokens: Tokens) -> tuple[Tensor, KVCache | None]:
+    def forward(self, x_BTD: Tensor, state: BlockState, tokens: Tokens) -> tuple[Tensor, BlockState]:
         """Returns the mixed tokens and, where it is kept, the cache as the next tokens will see it."""
-        own = self._keys_and_values(x_BTD, tokens)
+        own, cache = self._keys_and_values(x_BTD, tokens), state.cache
         q_BTHd = rotate(self._heads(self.q_proj(x_BTD)), tokens.rotary)
         seen, mask = own, self._mask(own, cache, tokens)
         keys = rotate(own.keys, tokens.rotary)
@@ -93,16 +46,16 @@ class Attention(nn.Module):
         )
         return self.o_proj(out.transpose(1, 2).flatten(2)), self._survivors(seen, tokens)
 
-    def write(self, x_BTD: Tensor, cache: KVCache | None, tokens: Tokens) -> KVCache | None:
+    def write(self, x_BTD: Tensor, state: BlockState, tokens: Tokens) -> BlockState:
         """Only what survives of this call, where nobody reads its output."""
         own = self._keys_and_values(x_BTD, tokens)
-        return self._survivors(own if cache is None else cache.followed_by(own), tokens)
+        return self._survivors(own if state.cache is None else state.cache.followed_by(own), tokens)
 
     def _band(self, tokens: Tokens) -> int:
         return self.width_tokens or tokens.window_tokens
 
-    def _survivors(self, seen: KVCache, tokens: Tokens) -> KVCache | None:
-        return seen.newest(self._band(tokens) - 1) if tokens.keeps_cache else None
+    def _survivors(self, seen: KVCache, tokens: Tokens) -> BlockState:
+        return BlockState(caches=(seen.newest(self._band(tokens) - 1),) if tokens.keeps_cache else ())
 
     def _heads(self, x_BTC: Tensor) -> Tensor:
         return x_BTC.unflatten(-1, (-1, self.head_dim))

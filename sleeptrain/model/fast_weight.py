@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 from sleeptrain import memory
 from sleeptrain.config import ModelConfig
-from sleeptrain.model.attention import Tokens
 from sleeptrain.model.layers import RMSNorm, causal_convolution, convolution_tail
+from sleeptrain.model.state import BlockState, Tokens
 
 
 class FastWeight(nn.Module):
@@ -43,22 +43,18 @@ class FastWeight(nn.Module):
         self.o_norm = RMSNorm(config.memory_value_dim, config.norm_eps)
         self.o_proj = nn.Linear(values, config.d_model, bias=False)
 
-    def forward(
-        self, x_BTD: Tensor, state: Tensor, tail: Tensor | None, tokens: Tokens
-    ) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Returns the mixed tokens, the fast weights after them, and the convolution tail where it is kept."""
-        q, k, v, new_tail = self._queries_keys_values(x_BTD, tail, tokens, with_queries=True)
-        out, state = memory.apply(q, k, v, *self._gates(x_BTD, tokens), state, rule=self.rule)
-        gate = F.silu(self.g_proj(x_BTD)).view_as(out)
-        return self.o_proj((self.o_norm(out) * gate).flatten(2)), state, new_tail
+    def forward(self, x_BTD: Tensor, state: BlockState, tokens: Tokens) -> tuple[Tensor, BlockState]:
+        """Returns the mixed tokens, and the fast weights (and convolution tail where it is kept) after them."""
+        q, k, v, tail = self._queries_keys_values(x_BTD, state.tail, tokens, with_queries=True)
+        out, written = memory.apply(q, k, v, *self._gates(x_BTD, tokens), _fast_weights(state), rule=self.rule)
+        gate = F.silu(self.g_proj(x_BTD)).unflatten(-1, (-1, self.value_dim))
+        return self.o_proj((self.o_norm(out) * gate).flatten(2)), BlockState(written, tail)
 
-    def write(
-        self, x_BTD: Tensor, state: Tensor, tail: Tensor | None, tokens: Tokens
-    ) -> tuple[Tensor, Tensor | None]:
-        """Only the fast weights and tail after these tokens, where nobody reads the output."""
-        _, k, v, new_tail = self._queries_keys_values(x_BTD, tail, tokens, with_queries=tokens.keeps_tail)
-        _, state = memory.apply(None, k, v, *self._gates(x_BTD, tokens), state, rule=self.rule)
-        return state, new_tail
+    def write(self, x_BTD: Tensor, state: BlockState, tokens: Tokens) -> BlockState:
+        """Only the state after these tokens, where nobody reads the output."""
+        _, k, v, tail = self._queries_keys_values(x_BTD, state.tail, tokens, with_queries=tokens.keeps_tail)
+        _, written = memory.apply(None, k, v, *self._gates(x_BTD, tokens), _fast_weights(state), rule=self.rule)
+        return BlockState(written, tail)
 
     def _queries_keys_values(
         self, x_BTD: Tensor, tail: Tensor | None, tokens: Tokens, with_queries: bool
@@ -70,8 +66,10 @@ class FastWeight(nn.Module):
         x = x_BTC.unflatten(-1, (-1, self.key_dim)).to(memory.state_dtype(x_BTC.dtype))
         return x * torch.rsqrt(x.square().sum(-1, keepdim=True) + 1e-6)
 
-    def _as_queries(self, x_BTC: Tensor) -> Tensor:
-        return self._as_keys(x_BTC) * self.key_dim**-0.5
+    def _as_queries_and_keys(self, x_BTC: Tensor) -> tuple[Tensor, Tensor]:
+        """Queries and keys from their joint channels; queries are also scaled by d_k^-1/2."""
+        q, k = self._as_keys(x_BTC).chunk(2, dim=2)
+        return q * self.key_dim**-0.5, k
 
     def _as_values(self, x_BTC: Tensor) -> Tensor:
         return x_BTC.unflatten(-1, (-1, self.value_dim))
@@ -106,20 +104,20 @@ class GDN(FastWeight):
     ) -> tuple[Tensor | None, Tensor, Tensor, Tensor | None]:
         projections = [(self.k_proj, self.k_conv), (self.v_proj, self.v_conv)]
         if with_queries:
-            projections.append((self.q_proj, self.q_conv))
-        channels = torch.cat(
-            [_without_pads(linear(x_BTD), tokens.valid) for linear, _ in projections], dim=-1
-        )
+            projections.insert(0, (self.q_proj, self.q_conv))
+        channels = torch.cat([linear(x_BTD) for linear, _ in projections], dim=-1)
+        channels = _without_pads(channels, tokens.valid)
         if tail is not None:
-            tail = tail[..., : channels.shape[-1]]
-        kernels = torch.cat([kernel for _, kernel in projections])
-        k, v, *q = F.silu(causal_convolution(channels, kernels, tail)).split(
-            [len(kernel) for _, kernel in projections], dim=-1
-        )
+            tail = tail[..., -channels.shape[-1] :]
+        mixed = F.silu(causal_convolution(channels, torch.cat([kernel for _, kernel in projections]), tail))
         new_tail = (
             convolution_tail(channels, tail, tokens.valid, self.conv_width) if tokens.keeps_tail else None
         )
-        return self._as_queries(q[0]) if q else None, self._as_keys(k), self._as_values(v), new_tail
+        num_values = len(self.v_conv)
+        v = self._as_values(mixed[..., -num_values:])
+        if not with_queries:
+            return None, self._as_keys(mixed[..., :-num_values]), v, new_tail
+        return *self._as_queries_and_keys(mixed[..., :-num_values]), v, new_tail
 
 
 class Jet(FastWeight):
@@ -140,9 +138,17 @@ class Jet(FastWeight):
         new_tail = (
             convolution_tail(channels, tail, tokens.valid, self.conv_width) if tokens.keeps_tail else None
         )
-        q = self._as_queries(F.silu(self.q_proj(x_BTD))) if with_queries else None
-        return q, self._as_keys(F.silu(self.k_proj(x_BTD))), self._as_values(v), new_tail
+        if not with_queries:
+            return None, self._as_keys(F.silu(self.k_proj(x_BTD))), self._as_values(v), new_tail
+        joint = F.silu(torch.cat([self.q_proj(x_BTD), self.k_proj(x_BTD)], dim=-1))
+        return *self._as_queries_and_keys(joint), self._as_values(v), new_tail
 
 
 def _without_pads(x_BTC: Tensor, valid: Tensor | None) -> Tensor:
     return x_BTC if valid is None else x_BTC.masked_fill(~valid[..., None], 0.0)
+
+
+def _fast_weights(state: BlockState) -> Tensor:
+    if state.memory is None:
+        raise ValueError("a fast-weight block got a state without fast weights; start from model.initial_state")
+    return state.memory

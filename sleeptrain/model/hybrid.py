@@ -4,8 +4,7 @@
 that can be saved, moved, split and compared. Shape letters: B batch, T tokens, D model width.
 """
 
-from collections.abc import Callable
-from typing import NamedTuple
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
@@ -13,41 +12,10 @@ from torch.utils.checkpoint import checkpoint
 
 from sleeptrain.config import BlockSpec, ModelConfig
 from sleeptrain.memory import state_dtype
-from sleeptrain.model.attention import Attention, KVCache, Tokens
+from sleeptrain.model.attention import Attention
 from sleeptrain.model.fast_weight import GDN, FastWeight, Jet
 from sleeptrain.model.layers import GatedMLP, RMSNorm
-
-
-class BlockState(NamedTuple):
-    """What a block remembers: fast weights ``[B, H, K, V]`` and convolution tail ``[B, W-1, C]``, or KV caches.
-
-    A pass reads and leaves at most one cache; across a border the caches of several passes may survive.
-    """
-
-    memory: Tensor | None = None
-    tail: Tensor | None = None
-    caches: tuple[KVCache, ...] = ()
-
-    @property
-    def cache(self) -> KVCache | None:
-        return self.caches[0] if self.caches else None
-
-
-State = tuple[BlockState, ...]
-
-
-def map_state(function: Callable[..., Tensor], *states: State) -> State:
-    """Applies ``function`` to each tensor of a state (or to corresponding tensors of several)."""
-
-    def mapped(*values: object) -> object:
-        if values[0] is None:
-            return None
-        if isinstance(values[0], Tensor):
-            return function(*values)
-        fields = (mapped(*inner) for inner in zip(*values))  # type: ignore[call-overload]
-        return type(values[0])(*fields) if hasattr(values[0], "_fields") else tuple(fields)
-
-    return mapped(*states)  # type: ignore[return-value]
+from sleeptrain.model.state import BlockState, State, Tokens
 
 
 class Block(nn.Module):
@@ -56,32 +24,19 @@ class Block(nn.Module):
     def __init__(self, config: ModelConfig, spec: BlockSpec) -> None:
         super().__init__()
         self.mixer_norm = RMSNorm(config.d_model, config.norm_eps)
-        kinds = {"gdn": GDN, "jet": Jet}
-        self.mixer = kinds[spec.kind](config) if spec.is_fast_weight else Attention(config, spec)
+        fast_weights: dict[str, type[FastWeight]] = {"gdn": GDN, "jet": Jet}
+        self.mixer = fast_weights[spec.kind](config) if spec.is_fast_weight else Attention(config, spec)
         self.mlp_norm = RMSNorm(config.d_model, config.norm_eps)
         self.mlp = GatedMLP(config.d_model, config.mlp_hidden)
 
     def forward(self, h_BTD: Tensor, state: BlockState, tokens: Tokens) -> tuple[Tensor, BlockState]:
-        x = self.mixer_norm(h_BTD)
-        if isinstance(self.mixer, FastWeight):
-            mixed, memory, tail = self.mixer(x, state.memory, state.tail, tokens)
-            state = BlockState(memory=memory, tail=tail)
-        else:
-            mixed, cache = self.mixer(x, state.cache, tokens)
-            state = _attention_state(cache)
+        mixed, state = self.mixer(self.mixer_norm(h_BTD), state, tokens)
         h_BTD = h_BTD + mixed
         return h_BTD + self.mlp(self.mlp_norm(h_BTD)), state
 
     def write(self, h_BTD: Tensor, state: BlockState, tokens: Tokens) -> BlockState:
         """Only what the block remembers, where nobody reads its output."""
-        x = self.mixer_norm(h_BTD)
-        if isinstance(self.mixer, FastWeight):
-            return BlockState(*self.mixer.write(x, state.memory, state.tail, tokens))
-        return _attention_state(self.mixer.write(x, state.cache, tokens))
-
-
-def _attention_state(cache: KVCache | None) -> BlockState:
-    return BlockState(caches=() if cache is None else (cache,))
+        return self.mixer.write(self.mixer_norm(h_BTD), state, tokens)
 
 
 class HybridStack(nn.Module):
@@ -90,7 +45,7 @@ class HybridStack(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.specs = config.blocks
-        self.blocks = nn.ModuleList(Block(config, spec) for spec in self.specs)
+        self.blocks: Sequence[Block] = nn.ModuleList(Block(config, spec) for spec in self.specs)  # type: ignore[assignment]
 
     def fast_weight_mixers(self) -> list[tuple[int, FastWeight]]:
         """(block index, mixer) of each block that has fast weights."""

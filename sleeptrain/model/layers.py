@@ -3,9 +3,12 @@
 Shape letters: B batch, T tokens, D model width, H heads, C channels, W convolution taps.
 """
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 
 class RMSNorm(nn.Module):
@@ -34,17 +37,18 @@ class GatedMLP(nn.Module):
 
 
 def rotary_table(positions: Tensor, head_dim: int, theta: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Cosine and sine ``[B, T, 1, head_dim / 2]`` of the rotary angles at ``positions`` ``[B, T]``."""
+    """Cosine, and sine with the sign of its half, ``[B, T, 1, head_dim]``, at ``positions`` ``[B, T]``."""
     exponent = torch.arange(0, head_dim, 2, device=positions.device, dtype=torch.float64) / head_dim
     angles = positions[..., None, None].to(torch.float64) * theta**-exponent
-    return angles.cos().to(dtype), angles.sin().to(dtype)
+    cos, sin = angles.cos().to(dtype), angles.sin().to(dtype)
+    return torch.cat([cos, cos], dim=-1), torch.cat([-sin, sin], dim=-1)
 
 
 def rotate(x: Tensor, table: tuple[Tensor, Tensor]) -> Tensor:
     """Rotary embedding of ``x`` ``[B, T, H, head_dim]``, halves paired (RoFormer, arXiv 2104.09864)."""
     cos, sin = table
     first, second = x.chunk(2, dim=-1)
-    return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1).to(x.dtype)
+    return torch.addcmul(x * cos, torch.cat([second, first], dim=-1), sin).to(x.dtype)
 
 
 def causal_convolution(x_BTC: Tensor, kernels: Tensor, tail: Tensor | None) -> Tensor:
@@ -53,17 +57,39 @@ def causal_convolution(x_BTC: Tensor, kernels: Tensor, tail: Tensor | None) -> T
     ``kernels`` is ``[C, W]``, or ``[B, T, C, W]`` where every token has its own (Jet block). ``tail`` ``[B, W-1, C]``
     holds the inputs before the first token; None: zeros.
     """
-    num_tokens, num_taps = x_BTC.shape[1], kernels.shape[-1]
     if tail is None:
-        padded = F.pad(x_BTC, (0, 0, num_taps - 1, 0))
+        padded = F.pad(x_BTC, (0, 0, kernels.shape[-1] - 1, 0))
     else:
         padded = torch.cat([tail.to(x_BTC.dtype), x_BTC], dim=1)
     dtype = torch.promote_types(padded.dtype, kernels.dtype)
-    padded, kernels = padded.to(dtype), kernels.to(dtype)
-    out = padded[:, :num_tokens] * kernels[..., 0]
-    for w in range(1, num_taps):
-        out = torch.addcmul(out, padded[:, w : w + num_tokens], kernels[..., w])
-    return out
+    return _TapSum.apply(padded.to(dtype), kernels.to(dtype))
+
+
+class _TapSum(torch.autograd.Function):
+    """The sum over taps; its own backward adds into one buffer instead of one padded tensor per tap."""
+
+    @staticmethod
+    def forward(ctx: Any, padded: Tensor, kernels: Tensor) -> Tensor:
+        ctx.save_for_backward(padded, kernels)
+        num_tokens = padded.shape[1] - kernels.shape[-1] + 1
+        out = padded[:, :num_tokens] * kernels[..., 0]
+        for w in range(1, kernels.shape[-1]):
+            out.addcmul_(padded[:, w : w + num_tokens], kernels[..., w])
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, d_out: Tensor) -> tuple[Tensor, Tensor]:
+        padded, kernels = ctx.saved_tensors
+        num_tokens = d_out.shape[1]
+        d_padded, by_tap = torch.zeros_like(padded), []
+        for w in range(kernels.shape[-1]):
+            taps = slice(w, w + num_tokens)
+            d_padded[:, taps].addcmul_(d_out, kernels[..., w])
+            by_tap.append(d_out * padded[:, taps])
+        if kernels.dim() == 2:
+            by_tap = [d_tap.sum((0, 1)) for d_tap in by_tap]
+        return d_padded, torch.stack(by_tap, dim=-1)
 
 
 def convolution_tail(x_BTC: Tensor, tail: Tensor | None, valid: Tensor | None, num_taps: int) -> Tensor:

@@ -10,9 +10,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from sleeptrain.model import window_state
-from sleeptrain.model.hybrid import State
 from sleeptrain.model.sleep import SleepModel, segments_of
+from sleeptrain.model.state import State
+from sleeptrain.model.window_state import Passes
 
 
 class Session(NamedTuple):
@@ -59,7 +59,7 @@ def sleep(model: SleepModel, session: Session, num_passes: int) -> Session:
     ids = session.hidden.new_zeros(session.hidden.shape[:2], dtype=torch.long)
     tokens = model.tokens(ids, valid=None)
     segments = segments_of(model.config)
-    passes = window_state.Passes(session.start, model.sleep)
+    passes = Passes(session.start, model.sleep)
     for blocks in segments.values():  # reading was pass 1
         passes.record(blocks, session.state)
     h = session.hidden
@@ -72,7 +72,7 @@ def sleep(model: SleepModel, session: Session, num_passes: int) -> Session:
 
 
 def _open(model: SleepModel, start: State, hidden: Tensor) -> Session:
-    return Session(start, window_state.Passes(start, model.sleep).begin(1, awake=True), hidden)
+    return Session(start, Passes(start, model.sleep).begin(1, awake=True), hidden)
 
 
 def _read(model: SleepModel, session: Session, ids: Tensor) -> tuple[Tensor, Session]:

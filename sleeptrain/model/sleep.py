@@ -17,11 +17,11 @@ from torch.utils.checkpoint import checkpoint
 
 from sleeptrain.config import ModelConfig, SleepConfig
 from sleeptrain.memory import state_dtype
-from sleeptrain.model import window_state
-from sleeptrain.model.attention import Tokens
-from sleeptrain.model.hybrid import HybridStack, State
+from sleeptrain.model.hybrid import HybridStack
 from sleeptrain.model.init import initialise
 from sleeptrain.model.layers import RMSNorm, rotary_table
+from sleeptrain.model.state import State, Tokens, reset
+from sleeptrain.model.window_state import Passes
 
 Segment = Literal["prelude", "core", "coda"]
 
@@ -194,7 +194,7 @@ class SleepModel(nn.Module):
                 break
             span = slice(window.start, window.stop)
             if batch.reset_state is not None:
-                state = window_state.reset(state, batch.reset_state[:, i], self.initial_state(len(batch.ids)))
+                state = reset(state, batch.reset_state[:, i], self.initial_state(len(batch.ids)))
             valid = None if batch.valid is None else batch.valid[:, span]
             h, state = self.run_window(batch.ids[:, span], valid, state, here, trace)
             if h is not None:
@@ -222,7 +222,7 @@ class SleepModel(nn.Module):
     ) -> tuple[Tensor | None, State]:
         """All visits of one window from the state at its start; returns what the head reads, and the state after."""
         tokens = self.tokens(ids, valid)
-        passes = window_state.Passes(start, self.sleep)
+        passes = Passes(start, self.sleep)
         predicts = any(visit.has_loss for visit in visits)
         num_cut = visits[-1].pass_number - self.sleep.backprop_passes if self.sleep.backprop_passes else 0
         h, for_head, pass_number = self.embed(ids), None, 1

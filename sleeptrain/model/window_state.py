@@ -5,15 +5,13 @@ from before the window (sliding eviction; none with hard eviction). A convolutio
 window before left (``carried``; else from zeros) and every later pass from zeros.
 """
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from sleeptrain.config import SleepConfig
-from sleeptrain.model.attention import Tokens
-from sleeptrain.model.hybrid import BlockState, State, map_state
+from sleeptrain.model.state import BlockState, KVCache, State, Tokens
 
 
 class Passes:
@@ -22,7 +20,9 @@ class Passes:
     def __init__(self, start: State, sleep: SleepConfig) -> None:
         self.start, self.sleep = start, sleep
         self.latest = list(start)
-        self.caches: list[tuple] = [()] * len(start)  # one per executed pass and block, where they survive
+        self.caches: list[tuple[KVCache, ...]] = [()] * len(
+            start
+        )  # one per executed pass and block, where they survive
 
     def begin(self, pass_number: int, awake: bool) -> State:
         """The state with which a pass starts. An awake pass reads what the last pass of the window before left."""
@@ -68,28 +68,11 @@ class Passes:
         return tuple(states)
 
 
-def _read_by(caches: tuple, pass_number: int, awake: bool) -> tuple:
+def _read_by(caches: tuple[KVCache, ...], pass_number: int, awake: bool) -> tuple[KVCache, ...]:
     """The one cache that a pass reads: of pass min(n, N) of the window before, awake of its last pass N."""
     if not caches:
         return ()
     return (caches[-1 if awake else min(pass_number, len(caches)) - 1],)
-
-
-def reset(state: State, starts_anew: Tensor, initial: State) -> State:
-    """The state of those sequences that start a document at this window (``starts_anew`` ``[B]``) becomes initial."""
-
-    def choose(initial_value: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
-        def chosen(value: Tensor) -> Tensor:
-            rows = starts_anew.view(-1, *[1] * (value.dim() - 1))
-            return torch.where(rows, initial_value(value), value)
-
-        return chosen
-
-    cleared = map_state(choose(torch.zeros_like), state)  # caches become invalid, tails zero
-    return tuple(
-        s if s.memory is None else s._replace(memory=choose(lambda _, i=i: i)(old.memory))  # type: ignore[misc]
-        for s, old, i in zip(cleared, state, (b.memory for b in initial))
-    )
 
 
 class _StraightThrough(torch.autograd.Function):
@@ -100,5 +83,5 @@ class _StraightThrough(torch.autograd.Function):
         return value.view_as(value)
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
         return gradient, None

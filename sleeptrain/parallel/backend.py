@@ -65,7 +65,7 @@ class LocalBackend:
     def step(self, lr_factor: float, loss: Tensor) -> UpdateResult:
         """Clips, updates, clears the gradients; leaves weights and optimizer untouched when loss or norm is not finite."""
         parameters = [p for p in self.model.parameters() if p.grad is not None]
-        gradients = [p.grad for p in parameters]
+        gradients = [p.grad for p in parameters if p.grad is not None]
         norm = torch.nn.utils.get_total_norm(gradients)
         loss_value, grad_norm = torch.stack([loss, norm]).tolist()  # the one wait for the device in a step
         applied = math.isfinite(loss_value) and math.isfinite(grad_norm)

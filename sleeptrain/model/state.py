@@ -1,0 +1,104 @@
+"""The state of a model as an explicit tree of tensors: what its blocks remember of the tokens read so far.
+
+Every tensor has the batch as its first dimension, so a state can be saved, moved, split by batch and compared.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class KVCache(NamedTuple):
+    """Keys (unrotated) and values of earlier tokens ``[B, S, heads, head_dim]``, and for each its position
+    relative to the current window and whether it is a real token ``[B, S]``."""
+
+    keys: Tensor
+    values: Tensor
+    positions: Tensor
+    valid: Tensor
+
+    def newest(self, num_tokens: int) -> "KVCache":
+        """The newest ``num_tokens`` entries that are no pads, in order; pads fill up where there are fewer."""
+        if num_tokens >= self.keys.shape[1]:
+            return self
+        order = self.valid.to(torch.int8).argsort(dim=1, stable=True)[:, self.keys.shape[1] - num_tokens :]
+        wide = order[..., None, None].expand(-1, -1, *self.keys.shape[2:])
+        return KVCache(
+            self.keys.gather(1, wide),
+            self.values.gather(1, wide),
+            self.positions.gather(1, order),
+            self.valid.gather(1, order),
+        )
+
+    def followed_by(self, newer: "KVCache") -> "KVCache":
+        return KVCache(*(torch.cat(pair, dim=1) for pair in zip(self, newer)))
+
+    def shifted(self, num_tokens: Tensor) -> "KVCache":
+        """Positions as seen from a window that starts ``num_tokens`` ``[B]`` later."""
+        return self._replace(positions=self.positions - num_tokens[:, None])
+
+
+class BlockState(NamedTuple):
+    """What a block remembers: fast weights ``[B, H, K, V]`` and convolution tail ``[B, W-1, C]``, or KV caches.
+
+    A pass reads and leaves at most one cache; across a border the caches of several passes may survive.
+    """
+
+    memory: Tensor | None = None
+    tail: Tensor | None = None
+    caches: tuple[KVCache, ...] = ()
+
+    @property
+    def cache(self) -> KVCache | None:
+        return self.caches[0] if self.caches else None
+
+
+State = tuple[BlockState, ...]
+
+
+class Tokens(NamedTuple):
+    """What a block knows of the tokens of a call beside their hidden states.
+
+    ``positions`` ``[B or 1, T]`` count real tokens from the start of the window; ``valid`` ``[B, T]`` is False on
+    pads, None where there are none; ``rotary`` is the table of these positions. ``keeps_cache`` and ``keeps_tail``
+    ask for the keys, values and convolution inputs that later tokens will need.
+    """
+
+    positions: Tensor
+    valid: Tensor | None
+    rotary: tuple[Tensor, Tensor]
+    window_tokens: int
+    keeps_cache: bool
+    keeps_tail: bool
+
+
+def map_state(function: Callable[..., Tensor], *states: State) -> State:
+    """Applies ``function`` to each tensor of a state, or to the corresponding tensors of several."""
+
+    def mapped(*values: Any) -> Any:
+        if values[0] is None:
+            return None
+        if isinstance(values[0], Tensor):
+            return function(*values)
+        fields = (mapped(*inner) for inner in zip(*values))
+        return type(values[0])(*fields) if hasattr(values[0], "_fields") else tuple(fields)
+
+    return mapped(*states)
+
+
+def reset(state: State, starts_anew: Tensor, initial: State) -> State:
+    """Those sequences that start a document here (``starts_anew`` ``[B]``) get the initial fast weights, zero
+    convolution tails and invalid caches."""
+
+    def choose(value: Tensor, start: Tensor) -> Tensor:
+        return torch.where(starts_anew.view(-1, *[1] * (value.dim() - 1)), start, value)
+
+    cleared = map_state(lambda value: choose(value, torch.zeros_like(value)), state)
+    return tuple(
+        new
+        if old.memory is None or first.memory is None
+        else new._replace(memory=choose(old.memory, first.memory))
+        for new, old, first in zip(cleared, state, initial)
+    )

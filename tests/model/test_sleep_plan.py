@@ -1,0 +1,101 @@
+"""The plan of visits: which are run, in which order, and which nobody would read."""
+
+import pytest
+
+from sleeptrain.config import ModelConfig, SleepConfig
+from sleeptrain.model import Visit, Window, cut, plan
+
+
+def visits(
+    losses: list[int], pattern: str, num_passes: int, sleep: dict | None = None, **model: int
+) -> list[str]:
+    """Visits as ``window.pass segment``, then ``loss``, or ``write`` where only the state is kept."""
+    windows = [Window(i, i + 1, bool(loss)) for i, loss in enumerate(losses)]
+    found = plan(windows, num_passes, ModelConfig(pattern=pattern, **model), SleepConfig(**sleep or {}))
+    assert [v.is_last for v in found] == [False] * (len(found) - 1) + [True] * bool(found)
+    if found:
+        assert found[-1].has_loss
+    return [
+        f"{v.window}.{v.pass_number} {v.segment}{' loss' * v.has_loss}{' write' * (not v.is_read)}"
+        for v in found
+    ]
+
+
+@pytest.mark.parametrize(
+    ("sequence", "length", "borders"),
+    [
+        (100, 24, [(0, 24), (24, 48), (48, 72), (72, 96), (96, 100)]),  # the paper's automaton
+        (360, 75, [(0, 75), (75, 150), (150, 225), (225, 300), (300, 360)]),  # Depo
+        (48, 24, [(0, 24), (24, 48)]),
+        (7, 0, [(0, 7)]),
+    ],
+)
+def test_cut(sequence: int, length: int, borders: list[tuple[int, int]]) -> None:
+    losses = [False] * (len(borders) - 1) + [True]
+    assert cut(sequence, length, losses) == [Window(*b, loss) for b, loss in zip(borders, losses)]
+
+
+@pytest.mark.parametrize(("sequence", "length"), [(100, 24), (360, 75)])
+def test_plan_of_the_automaton_and_of_depo(sequence: int, length: int) -> None:
+    windows = cut(sequence, length, [False] * 4 + [True])
+    found = plan(windows, 3, ModelConfig(pattern="attn gdn attn gdn"), SleepConfig(window_tokens=length))
+    sleeping = [Visit(w, n, "core", False, n < 3) for w in range(4) for n in (1, 2, 3)]
+    assert found == [*sleeping, Visit(4, 1, "core", True, True, is_last=True)]
+
+
+def test_order_of_both_schedules() -> None:
+    ends = {"prelude_blocks": 1, "coda_blocks": 1}
+    assert visits([0, 1], "gdn gdn gdn", 3, **ends) == [
+        "0.1 prelude",
+        "0.1 core",
+        "0.2 core",
+        "0.3 core",
+        "0.3 coda write",
+        "1.1 prelude",
+        "1.1 core",
+        "1.1 coda loss",
+    ]
+    both = {"schedule": "predict_then_consolidate"}
+    assert visits([1, 1], "gdn gdn gdn", 3, both, **ends) == [
+        "0.1 prelude",
+        "0.1 core",
+        "0.1 coda loss",
+        "0.2 core",
+        "0.3 core write",
+        "1.1 prelude",
+        "1.1 core",
+        "1.1 coda loss",
+    ]
+
+
+def test_a_predicting_window_is_awake_for_one_pass() -> None:
+    assert visits([1, 0, 1], "gdn", 2) == ["0.1 core loss", "1.1 core", "1.2 core write", "2.1 core loss"]
+
+
+def test_windows_after_the_last_loss_are_not_run() -> None:
+    assert visits([1, 0, 0], "attn gdn", 4) == ["0.1 core loss"]
+    assert visits([0, 0], "attn gdn", 4) == []
+    assert visits([1, 1], "gdn", 4, {"schedule": "predict_then_consolidate"})[-1] == "1.1 core loss"
+
+
+def test_a_coda_without_state_is_not_run_in_sleep() -> None:
+    assert visits([0, 1], "gdn attn", 2, coda_blocks=1) == [
+        "0.1 core",
+        "0.2 core write",
+        "1.1 core",
+        "1.1 coda loss",
+    ]
+    assert visits([0, 1], "gdn attn", 2, {"eviction": "sliding"}, coda_blocks=1)[:3] == [
+        "0.1 core",
+        "0.2 core",
+        "0.2 coda write",
+    ]
+
+
+def test_a_core_without_state_is_run_only_for_who_reads_it() -> None:
+    assert visits([0, 1], "gdn attn", 1, prelude_blocks=1) == [
+        "0.1 prelude write",
+        "1.1 prelude",
+        "1.1 core loss",
+    ]
+    assert visits([0, 1], "attn attn", 1) == ["1.1 core loss"]

@@ -1,0 +1,150 @@
+"""The local backend: accumulation, clipping, refusal of bad gradients, and going on from a saved state."""
+
+import pytest
+import torch
+from torch import Tensor
+
+from sleeptrain.config import Config, DataConfig, ModelConfig, OptimConfig, RunConfig, SleepConfig
+from sleeptrain.data.batch import Batch
+from sleeptrain.data.stream import TrainStream
+from sleeptrain.parallel.backend import LocalBackend, choose_device
+from sleeptrain.tasks import make_task
+
+MODEL = ModelConfig(
+    d_model=16, pattern="attn gdn", num_heads=2, memory_heads=2, memory_key_dim=4, memory_value_dim=4
+)
+
+
+def build(micro: int | None = None, seed: int = 0, precision: str = "auto", **optim: float) -> LocalBackend:
+    config = Config(
+        run=RunConfig(seed=seed, device="cpu", precision=precision),
+        model=MODEL,
+        sleep=SleepConfig(window_tokens=12, num_passes=2),
+        data=DataConfig(batch_sequences=8, micro_batch_sequences=micro),
+        optim=OptimConfig(**optim),
+    )
+    return LocalBackend(config, make_task(config.task).vocab_size)
+
+
+def batch(backend: LocalBackend, step: int = 0) -> Batch:
+    return TrainStream(make_task(backend.config.task), 0, 8, 12).batch(step)
+
+
+def train(backend: LocalBackend, steps: range) -> None:
+    for step in steps:
+        result = backend.forward_backward(batch(backend, step), 2)
+        assert backend.step(0.5, result.loss).applied
+
+
+def copied(state: dict[str, dict[str, Tensor]]) -> dict[str, dict[str, Tensor]]:
+    return {part: {n: t.clone() for n, t in tensors.items()} for part, tensors in state.items()}
+
+
+def assert_bit_equal(state: dict[str, dict[str, Tensor]], expected: dict[str, dict[str, Tensor]]) -> None:
+    for part in ("model", "optimizer"):
+        assert state[part].keys() == expected[part].keys()
+        assert [n for n, t in expected[part].items() if not torch.equal(state[part][n], t)] == []
+
+
+@pytest.mark.parametrize("micro", [1, 2, 4])
+def test_accumulated_gradients_equal_those_of_the_whole_batch(micro: int) -> None:
+    whole, parts = build(), build(micro)
+    results = []
+    for backend in (whole, parts):
+        backend.model.double()
+        results.append(backend.forward_backward(batch(backend), 2))
+    torch.testing.assert_close(results[1].loss, results[0].loss)
+    for (name, p), q in zip(whole.model.named_parameters(), parts.model.parameters()):
+        torch.testing.assert_close(q.grad, p.grad, rtol=1e-10, atol=1e-14, msg=name)
+
+
+def test_loss_is_the_mean_per_target() -> None:
+    backend = build(2)
+    result = backend.forward_backward(batch(backend), 2)
+    output = backend.evaluate(batch(backend), 2)
+    torch.testing.assert_close(result.loss, output.loss_sum / batch(backend).num_targets)
+    assert not output.loss_sum.requires_grad
+    assert result.trace == []
+    assert (
+        len(backend.forward_backward(batch(backend), 2, traced=True).trace) == 5
+    )  # 2 windows x 2 passes, 1 awake
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+@pytest.mark.parametrize("where", ["gradient", "loss"])
+def test_a_non_finite_step_changes_no_bit(where: str, value: float) -> None:
+    backend = build()
+    train(backend, range(1))
+    before = copied(backend.state())
+    loss = backend.forward_backward(batch(backend, 1), 2).loss
+    if where == "gradient":
+        backend.model.embed.weight.grad[0, 0] = value
+    result = backend.step(1.0, loss if where == "gradient" else torch.tensor(value))
+    assert not result.applied
+    assert_bit_equal(backend.state(), before)
+    assert all(p.grad is None for p in backend.model.parameters())
+    train(backend, range(1, 2))  # and it goes on
+
+
+@pytest.mark.parametrize("clip", [1e-3, 1e3, 0.0])
+def test_clipping_by_the_global_norm(clip: float) -> None:
+    """After one step Muon's momentum is 0.05, AdamW's 0.1 times the clipped gradient."""
+    backend = build(clip_norm=clip)
+    loss = backend.forward_backward(batch(backend), 2).loss
+    expected = torch.stack([p.grad.norm() for p in backend.model.parameters()]).norm()
+    result = backend.step(1.0, loss)
+    state = backend.state()["optimizer"]
+    used = [t / 0.05 for n, t in state.items() if n.endswith("/momentum")]
+    used += [t / 0.1 for n, t in state.items() if n.endswith("/exp_avg")]
+    norm = torch.stack([t.norm() for t in used]).norm()
+    assert result.grad_norm == pytest.approx(float(expected))
+    assert result.loss == pytest.approx(float(loss))
+    assert float(norm) == pytest.approx(clip if clip == 1e-3 else float(expected), rel=1e-3)
+
+
+def test_a_saved_state_goes_on_bit_equal() -> None:
+    whole, first, second = build(), build(), build(seed=1)
+    train(whole, range(4))
+    train(first, range(2))
+    second.load(copied(first.state()))
+    train(second, range(2, 4))
+    assert_bit_equal(second.state(), whole.state())
+
+
+def test_the_state_of_step_0_can_be_loaded_again() -> None:
+    fresh, used = build(), build()
+    start = copied(used.state())
+    train(used, range(2))
+    used.load(start)
+    train(used, range(1))
+    train(fresh, range(1))
+    assert_bit_equal(used.state(), fresh.state())
+
+
+def test_the_checkpoint_of_another_model_is_refused_by_names() -> None:
+    backend = build()
+    before = copied(backend.state())
+    missing, other_shape, foreign = (copied(before) for _ in range(3))
+    del missing["model"]["head.weight"]
+    other_shape["model"]["embed.weight"] = torch.zeros(2, 2)
+    foreign["model"]["stack.blocks.9.gone"] = torch.zeros(2)
+    for state, name in ((missing, "head.weight"), (other_shape, "embed.weight"), (foreign, "blocks.9.gone")):
+        with pytest.raises(ValueError, match=name):
+            backend.load(state)
+        assert_bit_equal(backend.state(), before)
+
+
+def test_bfloat16_computes_over_float32_weights() -> None:
+    low, full = build(precision="bfloat16"), build()
+    losses = [b.forward_backward(batch(b), 2).loss for b in (low, full)]
+    assert {p.dtype for p in low.model.parameters()} == {torch.float32}
+    assert {p.grad.dtype for p in low.model.parameters()} == {torch.float32}
+    assert losses[0] != losses[1]
+    torch.testing.assert_close(losses[0], losses[1], rtol=0.02, atol=0)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without CUDA")
+def test_cuda_where_there_is_none_is_refused() -> None:
+    assert choose_device("auto") == torch.device("cpu")
+    with pytest.raises(ValueError, match=r"run\.device=cuda"):
+        choose_device("cuda")

@@ -1,0 +1,84 @@
+"""Each benchmark runs from end to end at tiny sizes and prints its ratio; the figures are not tested."""
+
+import importlib.util
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+PEERS = ("transformers", "megatron", "fla")
+
+pytestmark = pytest.mark.more
+
+
+def run(name: str, *arguments: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, str(ROOT / "tools" / "bench" / f"{name}.py"), *arguments]
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+
+
+def numbers_after(label: str, output: str) -> list[float]:
+    """The first number of every line that starts with ``label``."""
+    return [float(x) for x in re.findall(rf"^{re.escape(label)}: (\d+\.\d+)", output, re.MULTILINE)]
+
+
+def quick(name: str) -> str:
+    done = run(name, "--quick", "--rounds", "2")
+    assert done.returncode == 0, done.stderr
+    assert f"{name}.py --quick --rounds 2" in done.stdout
+    assert re.search(r"one thread; torch \d", done.stdout)
+    assert "PASS" not in done.stdout
+    assert "FAIL" not in done.stdout
+    return done.stdout
+
+
+def test_gdn_cpu_compares_equal_results_of_all_peers():
+    for module in PEERS:
+        pytest.importorskip(module)
+    output = quick("gdn_cpu")
+    assert "refused" not in output
+    for peer in ("transformers", "megatron", "fla naive"):
+        [ratio] = numbers_after(f"ratio {peer} / ours", output)
+        assert ratio > 0
+
+
+def test_gdn_cpu_names_the_extra_when_a_peer_is_missing():
+    if all(importlib.util.find_spec(module) for module in PEERS):
+        pytest.skip("all peers are installed")
+    done = run("gdn_cpu", "--quick")
+    assert done.returncode == 2
+    assert done.stderr.count("\n") == 1
+    assert 'pip install -e ".[bench]"' in done.stderr
+
+
+def test_step_overhead_ends_with_equal_weights():
+    output = quick("step_overhead")
+    assert "equal weights after 6 steps each" in output
+    [ratio] = numbers_after("ratio framework / bare", output)
+    assert ratio > 0
+
+
+def test_passes_measures_time_and_memory():
+    output = quick("passes")
+    rows = re.findall(r"^([12])  +\d+\.\d", output, re.MULTILINE)
+    assert rows == ["1", "2", "1", "2"]  # one table of times, one of memory
+    assert "ratio per pass / keep all" in output
+    assert "growth per extra pass: keep all" in output
+
+
+def test_tasks_compares_every_task_with_its_model():
+    output = quick("tasks")
+    rows = re.findall(r"^(rule110|depo|text) .*  \d+\.\d{3} \(cpu \d+\.\d{3}\)$", output, re.MULTILINE)
+    assert rows == ["rule110", "rule110", "depo", "text"]
+
+
+@pytest.mark.parametrize("name", ["gdn_cpu", "step_overhead", "passes", "tasks"])
+def test_help_explains_the_figure(name):
+    done = run(name, "--help")
+    assert done.returncode == 0, done.stderr
+    assert "--quick" in done.stdout
+    assert "ratio" in done.stdout.lower()
