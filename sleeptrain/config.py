@@ -1,7 +1,9 @@
 """Every setting of a run, what it means, and the checks between settings. Imports no torch.
 
-Each section is a frozen dataclass; Hydra composes the values (``configs/``), ``Config`` checks them, and the result is
-frozen as ``config.yaml`` in the run folder. A check raises ConfigError with the setting, its value and the remedy.
+Each section is a frozen dataclass; Hydra composes the values (``configs/``), ``Config`` checks them, and the result
+is frozen as ``config.yaml`` in the run folder. A check raises ConfigError with the setting, its value and the remedy.
+
+Over 400 lines because a user finds every setting here, each with its sentence.
 """
 
 from dataclasses import dataclass, field
@@ -118,7 +120,8 @@ class ModelConfig:
             )
         if self.memory_heads % self.qk_heads:
             raise ConfigError(
-                f"model.memory_qk_heads={self.qk_heads} does not divide model.memory_heads={self.memory_heads}"
+                f"model.memory_qk_heads={self.qk_heads} does not divide "
+                f"model.memory_heads={self.memory_heads}; change one of them"
             )
         if (
             self.prelude_blocks < 0
@@ -126,8 +129,8 @@ class ModelConfig:
             or self.prelude_blocks + self.coda_blocks >= len(blocks)
         ):
             raise ConfigError(
-                f"model.prelude_blocks={self.prelude_blocks} and model.coda_blocks={self.coda_blocks} leave no block "
-                f"of {len(blocks)} to loop; make them smaller"
+                f"model.prelude_blocks={self.prelude_blocks} and model.coda_blocks={self.coda_blocks} leave "
+                f"no block of {len(blocks)} to loop; make them smaller"
             )
 
     @property
@@ -221,7 +224,8 @@ class Rule110Config:
 
 @dataclass(frozen=True)
 class DepoConfig:
-    """k-hop retrieval on a shuffled directed cycle (Allen-Zhu, Physics of Language Models 4.1; paper section 4.2)."""
+    """k-hop retrieval on a shuffled directed cycle (Allen-Zhu, Physics of Language Models 4.1; paper section
+    4.2)."""
 
     name: Literal["depo"] = setting("depo", "the task")
     max_nodes: int = setting(75, "largest cycle; evaluation always uses it")
@@ -243,7 +247,8 @@ class DepoConfig:
             raise ConfigError(f"task.max_nodes={self.max_nodes} is below 3; a cycle needs three nodes")
         if 2 * self.max_nodes > self.vocab_words * (self.vocab_words + 1):
             raise ConfigError(
-                f"task.vocab_words={self.vocab_words} makes too few words for task.max_nodes={self.max_nodes}; raise it"
+                f"task.vocab_words={self.vocab_words} makes too few words for "
+                f"task.max_nodes={self.max_nodes}; raise it"
             )
 
 
@@ -406,7 +411,8 @@ class Config:
         if most_passes > 1 and not any(block.is_fast_weight for block in self.model.core_blocks):
             raise ConfigError(
                 f"N={most_passes} passes need a fast-weight block among the looped blocks, and model.pattern="
-                f"{self.model.pattern!r} has none there; add gdn or jet, or set sleep.num_passes=1 and eval.num_passes=[]"
+                f"{self.model.pattern!r} has none there; add gdn or jet, or set sleep.num_passes=1 and "
+                "eval.num_passes=[]"
             )
         if self.sleep.learned_initial_state and not any(block.is_fast_weight for block in self.model.blocks):
             raise ConfigError("sleep.learned_initial_state=true needs a gdn or jet block in model.pattern")

@@ -64,7 +64,7 @@ def main(arguments: list[str]) -> int:
         for argument in arguments:
             if "=" not in argument:
                 raise ConfigError(f"{argument!r} is no setting; write KEY=VALUE, and see --help for the keys")
-        given: dict[str, Any] = OmegaConf.to_container(OmegaConf.from_cli(arguments))  # type: ignore[assignment]
+        given: Any = OmegaConf.to_container(OmegaConf.from_cli(arguments))
         task_changes = given.pop("task", {})
         run(from_dict(EvaluateConfig, given), task_changes)
         return 0

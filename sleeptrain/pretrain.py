@@ -1,6 +1,7 @@
 """Entry point: compose the config, freeze it, train. ``python -m sleeptrain.pretrain experiment=quickstart``
 
-Hydra composes the values of ``configs/`` with ``KEY=VALUE`` arguments; the same command again resumes the run.
+Hydra composes the values of ``configs/`` with ``KEY=VALUE`` arguments; the same command again resumes the
+run.
 """
 
 import sys
@@ -32,7 +33,8 @@ Trains a model that sleeps, and resumes when the run folder already holds a chec
 
 
 def main(arguments: list[str]) -> int:
-    """Returns the exit code: 0 done, 2 a setting is wrong, 75 stopped by a signal and saved, 1 training failed."""
+    """Returns the exit code: 0 done, 2 a setting is wrong, 75 stopped by a signal and saved, 1 training
+    failed."""
     if "--help" in arguments or "-h" in arguments:
         print(help_text())
         return 0

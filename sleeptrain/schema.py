@@ -1,4 +1,5 @@
-"""Dataclasses as settings: plain dict -> checked dataclass, one clear sentence per mistake, and the text of ``--help``."""
+"""Dataclasses as settings: plain dict -> checked dataclass, one clear sentence per mistake, and the text of
+``--help``."""
 
 import difflib
 import types
@@ -29,7 +30,8 @@ def unknown(kind: str, name: object, known: typing.Iterable[str]) -> str:
 
 
 def from_dict(cls: type[T], data: dict[str, Any], path: str = "") -> T:
-    """Builds the dataclass ``cls`` from nested plain values; raises ConfigError on an unknown key or a wrong type."""
+    """Builds the dataclass ``cls`` from nested plain values; raises ConfigError on an unknown key or a wrong
+    type."""
     hints = typing.get_type_hints(cls)
     for key in data:
         if key not in hints:

@@ -12,11 +12,13 @@ from sleeptrain.tasks.base import Examples
 
 @dataclass(frozen=True)
 class Batch:
-    """``ids``, ``targets`` ``[B, T]`` int64 (targets explicit: no hidden shift); ``loss_mask`` ``[B, T]`` bool.
+    """``ids``, ``targets`` ``[B, T]`` int64 (targets explicit: no hidden shift); ``loss_mask`` ``[B, T]``
+    bool.
 
-    ``valid`` ``[B, T]`` is False on pads, None where there are none; ``reset_state`` ``[B, W]`` is True where a sequence
-    starts a document at a window, None where none does beyond the first. ``windows_with_loss`` holds, for the W windows,
-    whether any row has a loss there: the window plan is one for the whole batch. ``difficulty`` ``[B]``.
+    ``valid`` ``[B, T]`` is False on pads, None where there are none; ``reset_state`` ``[B, W]`` is True where
+    a sequence starts a document at a window, None where none does beyond the first. ``windows_with_loss``
+    holds, for the W windows, whether any row has a loss there: the window plan is one for the whole batch.
+    ``difficulty`` ``[B]``.
     """
 
     ids: Tensor

@@ -1,4 +1,5 @@
-"""The order of training data: a counter, so that a restarted run reads exactly what an uninterrupted one reads."""
+"""The order of training data: a counter, so that a restarted run reads exactly what an uninterrupted one
+reads."""
 
 import numpy as np
 

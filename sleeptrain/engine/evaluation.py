@@ -34,7 +34,8 @@ def evaluate(
     batch_sequences: int,
     window_tokens: int,
 ) -> list[EvalResult]:
-    """Every pair of N and difficulty on the same examples; fewer than ``num_examples`` where the split is smaller."""
+    """Every pair of N and difficulty on the same examples; fewer than ``num_examples`` where the split is
+    smaller."""
     count = min(num_examples, task.num_examples(split) or num_examples)
     results = []
     for difficulty in difficulties or task.difficulties:
@@ -60,7 +61,8 @@ def evaluate(
 
 
 def as_row(results: list[EvalResult], difficulty_name: str, trained_passes: int) -> dict[str, float]:
-    """Flat metrics: ``eval/METRIC`` at the training N over all difficulties, and one for each difficulty and N."""
+    """Flat metrics: ``eval/METRIC`` at the training N over all difficulties, and one for each difficulty and
+    N."""
     row: dict[str, float] = {}
     trained = [r for r in results if r.num_passes == trained_passes]
     for name in results[0].metrics:

@@ -5,7 +5,8 @@ from typing import Any
 
 
 def draw_learning_curve(rows: list[dict[str, Any]], folder: Path, title: str) -> list[Path]:
-    """Training loss, and every held-out metric by difficulty and N, over steps; as SVG and PNG in ``folder``."""
+    """Training loss, and every held-out metric by difficulty and N, over steps; as SVG and PNG in
+    ``folder``."""
     import matplotlib
 
     matplotlib.use("Agg")

@@ -1,4 +1,5 @@
-"""Metrics of a run: every row to ``metrics.jsonl``, and to Weights & Biases when asked. The only door to wandb."""
+"""Metrics of a run: every row to ``metrics.jsonl``, and to Weights & Biases when asked. The only door to
+wandb."""
 
 import json
 import os
@@ -28,7 +29,8 @@ class MetricsWriter:
             self._wandb.log(row, step=step)
 
     def sync(self) -> None:
-        """Rows written so far survive a crash of the machine: called before a checkpoint refers to their step."""
+        """Rows written so far survive a crash of the machine: called before a checkpoint refers to their
+        step."""
         self._file.flush()
         os.fsync(self._file.fileno())
 
@@ -53,7 +55,8 @@ def check_wandb(config: Config) -> None:
 
     if not wandb.api.api_key:
         raise ConfigError(
-            "log.wandb=online, but no API key is set; run `wandb login`, set WANDB_API_KEY, or use log.wandb=offline"
+            "log.wandb=online, but no API key is set; run `wandb login`, set WANDB_API_KEY, "
+            "or use log.wandb=offline"
         )
 
 

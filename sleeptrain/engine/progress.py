@@ -19,7 +19,8 @@ class Progress:
         )
 
     def update(self, step: int, figures: dict[str, str] | None = None) -> None:
-        """``figures`` come with a logged step: beside the bar, or as a line of their own where there is no terminal."""
+        """``figures`` come with a logged step: beside the bar, or as a line of their own where there is no
+        terminal."""
         if self._bar is not None:
             self._bar.update(step - self._bar.n)
             if figures:

@@ -1,4 +1,5 @@
-"""The training loop: next batch, forward/backward, step, log, evaluate, save; it resumes by default, bit for bit."""
+"""The training loop: next batch, forward/backward, step, log, evaluate, save; it resumes by default, bit for
+bit."""
 
 import math
 import time
@@ -34,7 +35,8 @@ FREE_SECTIONS = ("log.", "checkpoint.", "eval.")
 
 
 def train(config: Config, frozen_config: str) -> int:
-    """Trains to the end or to a stop signal; returns the exit code. ``frozen_config`` is written as config.yaml."""
+    """Trains to the end or to a stop signal; returns the exit code. ``frozen_config`` is written as
+    config.yaml."""
     check_wandb(config)
     folder = Path(config.run.dir)
     folder.mkdir(parents=True, exist_ok=True)
@@ -89,7 +91,7 @@ class Trainer:
             metrics.close()
         if self.step < num_steps:
             print(
-                f"stopped by {stop.requested} after step {self.step}, which is saved; the same command goes on"
+                f"stopped by {stop.requested}; step {self.step} is saved, and the same command goes on"
             )
             return EXIT_REQUEUE
         for path in draw_learning_curve(read_metrics(self.folder), self.folder / "figures", config.run.id):
@@ -178,7 +180,8 @@ class Trainer:
         progress.line(f"held out, after step {self.step}:\n{as_table(results, self.task.difficulty_name)}")
 
     def _save(self, metrics: MetricsWriter, progress: Progress) -> None:
-        """A checkpoint of the current step. A full disk costs the checkpoint, not the run, except at its end."""
+        """A checkpoint of the current step. A full disk costs the checkpoint, not the run, except at its
+        end."""
         metrics.sync()
         trainer = {"step": self.step, "guard": self.guard.state(), "interval": self.interval.state()}
         kept = (self.config.checkpoint.keep_last, self.config.checkpoint.keep_every_steps)
@@ -222,7 +225,8 @@ class Trainer:
 
 
 class Interval:
-    """What happened since the last row of metrics; part of the checkpoint, so that rows do not depend on restarts."""
+    """What happened since the last row of metrics; part of the checkpoint, so that rows do not depend on
+    restarts."""
 
     def __init__(self) -> None:
         self.loss_sum, self.num_losses = 0.0, 0

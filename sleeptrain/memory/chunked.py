@@ -1,8 +1,8 @@
 """The rules of ``rule.py`` in parallel over chunks of tokens, with a backward pass of its own.
 
-Within a chunk of C tokens that starts with state S, the written values Y satisfy a unit-triangular system (the WY form of
-DeltaNet, arXiv 2406.06484; with decay arXiv 2412.06464). With G the running sum of log decays and D_ij = exp(G_i - G_j)
-for i >= j:
+Within a chunk of C tokens that starts with state S, the written values Y satisfy a unit-triangular system
+(the WY form of DeltaNet, arXiv 2406.06484; with decay arXiv 2412.06464). With G the running sum of log decays
+and D_ij = exp(G_i - G_j) for i >= j:
 
     A = I + strictly_lower(diag(b) (K K^T * D))
     A [U | W] = [diag(b) V | diag(b exp(G)) K]        one solve, two right-hand sides, no S needed
@@ -10,14 +10,14 @@ for i >= j:
     out = diag(exp(G)) Q S + (Q K^T * D) Y
     S' = exp(G_C) S + (diag(exp(G_C - G)) K)^T Y
 
-Only the lines with S run chunk after chunk; everything else is one batched product over all chunks. Without erasing
-Y = diag(b) V. The backward pass is written by hand: it walks the chunks once in reverse and batches the rest, which
-saves the bookkeeping of automatic differentiation over many small tensors.
+Only the lines with S run chunk after chunk; everything else is one batched product over all chunks. Without
+erasing Y = diag(b) V. The backward pass is written by hand: it walks the chunks once in reverse and batches
+the rest, which saves the bookkeeping of automatic differentiation over many small tensors.
 
 Shape letters: N chunks, H batch x heads, C tokens of a chunk, K key size, V value size.
 """
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -35,7 +35,8 @@ def chunked(
     state: Tensor,
     rule: str = "gated_delta",
 ) -> tuple[Tensor | None, Tensor]:
-    """The contract of ``rule.py``. With ``q=None`` nothing is read: only the state is advanced, and out is None."""
+    """The contract of ``rule.py``. With ``q=None`` nothing is read: only the state is advanced, and out is
+    None."""
     if v.shape[1] == 0:
         return (None if q is None else torch.zeros_like(v)), state
     dtype = state_dtype(v.dtype)
@@ -73,7 +74,7 @@ class _ChunkedRule(torch.autograd.Function):
 
         k_NHCK, v_NHCV = _to_chunks(k, length, groups), _to_chunks(v, length)
         b_NHC1 = _to_chunks(beta[..., None], length)
-        decay = _Decay(
+        decay = _decay(
             _to_chunks(log_decay[..., None], length).squeeze(-1) if decays else b_NHC1.new_zeros(1, 1, length)
         )
 
@@ -105,16 +106,18 @@ class _ChunkedRule(torch.autograd.Function):
             )
             out = _from_chunks(out_NHCV, num_batch, num_tokens)
 
-        ctx.shape, ctx.rule, ctx.groups, ctx.decay = (num_batch, num_tokens), rule, groups, decay
-        ctx.save_for_backward(q_NHCK, k_NHCK, v_NHCV, b_NHC1, written_NHCV, states_NHKV, qk_NHCC, *factors)
+        ctx.sizes, ctx.rule = (num_batch, num_tokens, groups), rule
+        chunks = (q_NHCK, k_NHCK, v_NHCV, b_NHC1, written_NHCV, states_NHKV, qk_NHCC)
+        ctx.save_for_backward(*decay, *chunks, *factors)  # all of it: activation checkpointing drops these
         return out, state_HKV.reshape(state.shape)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, d_out: Tensor | None, d_state: Tensor) -> tuple[Tensor | None, ...]:
-        q, k, v, b, written, states, qk, *factors = ctx.saved_tensors
-        decay, value_dim = ctx.decay, v.shape[-1]
-        length, erases = k.shape[-2], bool(factors)
+    def backward(ctx: Any, d_out: Tensor, d_state: Tensor) -> tuple[Tensor | None, ...]:
+        decay = _Decay(*ctx.saved_tensors[:4])
+        q, k, v, b, written, states, qk, *factors = ctx.saved_tensors[4:]
+        num_batch, num_tokens, groups = ctx.sizes
+        length, value_dim, erases = k.shape[-2], v.shape[-1], bool(factors)
 
         # What each chunk's outputs ask of its written values and of its state, all chunks at once.
         if q is None:
@@ -173,35 +176,45 @@ class _ChunkedRule(torch.autograd.Function):
 
         d_log_decay = dG.flip(-1).cumsum(-1).flip(-1) if RULES[ctx.rule].decays else None
         return (
-            None if dq is None else _from_chunks(dq, *ctx.shape, ctx.groups),
-            _from_chunks(dk, *ctx.shape, ctx.groups),
-            _from_chunks(dv, *ctx.shape),
-            None if d_log_decay is None else _from_chunks(d_log_decay[..., None], *ctx.shape).squeeze(-1),
-            _from_chunks(db, *ctx.shape).squeeze(-1),
+            None if dq is None else _from_chunks(dq, num_batch, num_tokens, groups),
+            _from_chunks(dk, num_batch, num_tokens, groups),
+            _from_chunks(dv, num_batch, num_tokens),
+            None
+            if d_log_decay is None
+            else _from_chunks(d_log_decay[..., None], num_batch, num_tokens).squeeze(-1),
+            _from_chunks(db, num_batch, num_tokens).squeeze(-1),
             d_state_HKV.reshape(d_state.shape),
             None,
         )
 
 
-class _Decay:
-    """Products of decays inside a chunk, from running sums in float64: their differences must survive log decays of
-    -60 a token next to 0 in the same chunk."""
+class _Decay(NamedTuple):
+    """Products of decays inside a chunk."""
 
-    def __init__(self, log_decay_NHC: Tensor) -> None:
-        dtype, length = log_decay_NHC.dtype, log_decay_NHC.shape[-1]
-        total = log_decay_NHC.double().cumsum(-1)
-        upper = torch.ones(length, length, dtype=torch.bool, device=total.device).triu_(1)
-        between = (total[..., :, None] - total[..., None, :]).to(dtype)
-        self.pair = between.masked_fill_(
-            upper, -torch.inf
-        ).exp_()  # [N, H, C, C] from token j to token i >= j
-        self.from_start = total.to(dtype).exp()[..., None]  # [N, H, C, 1]
-        self.to_end = (total[..., -1:] - total).to(dtype).exp()[..., None]  # [N, H, C, 1]
-        self.whole = total[..., -1].to(dtype).exp()  # [N, H]
+    pair: Tensor  # [N, H, C, C], from token j to token i >= j, else 0
+    from_start: Tensor  # [N, H, C, 1]
+    to_end: Tensor  # [N, H, C, 1]
+    whole: Tensor  # [N, H]
+
+
+def _decay(log_decay_NHC: Tensor) -> _Decay:
+    """Running sums in float64: their differences must survive log decays of -60 next to 0 in the same
+    chunk."""
+    dtype, length = log_decay_NHC.dtype, log_decay_NHC.shape[-1]
+    total = log_decay_NHC.double().cumsum(-1)
+    upper = torch.ones(length, length, dtype=torch.bool, device=total.device).triu_(1)
+    between = (total[..., :, None] - total[..., None, :]).to(dtype)
+    return _Decay(
+        pair=between.masked_fill_(upper, -torch.inf).exp_(),
+        from_start=total.to(dtype).exp()[..., None],
+        to_end=(total[..., -1:] - total).to(dtype).exp()[..., None],
+        whole=total[..., -1].to(dtype).exp(),
+    )
 
 
 def _to_chunks(x: Tensor, length: int, groups: int = 1) -> Tensor:
-    """[B, T, heads, D] -> [N, B * heads * groups, C, D]; added tokens are zero, so they neither decay nor write."""
+    """[B, T, heads, D] -> [N, B * heads * groups, C, D]; added tokens are zero, so they neither decay nor
+    write."""
     num_batch, num_tokens, num_heads, dim = x.shape
     num_chunks = -(-num_tokens // length)
     if num_chunks * length != num_tokens:

@@ -11,8 +11,8 @@ The contract, for every rule and every faster form of it::
     state      [B, Hv, K, V]  the fast weights before the first token; returned after the last one
     out        [B, T, Hv, V]  what each token reads after its own write
 
-A token with log_decay = 0 and beta = 0 leaves the state untouched. Gradients flow through both states. Gates and state
-are computed in at least float32, ``out`` comes back in the type of ``v``.
+A token with log_decay = 0 and beta = 0 leaves the state untouched. Gradients flow through both states. Gates
+and state are computed in at least float32, ``out`` comes back in the type of ``v``.
 
 Shape letters: B batch, T tokens, Hk query/key heads, Hv value heads, K key size, V value size.
 """
@@ -24,7 +24,8 @@ from torch import Tensor
 
 
 class Rule(NamedTuple):
-    """What distinguishes the rules: whether the state decays, and whether a write first erases along its key."""
+    """What distinguishes the rules: whether the state decays, and whether a write first erases along its
+    key."""
 
     decays: bool
     erases: bool

@@ -1,7 +1,8 @@
 """Causal attention over a window, and over the keys and values that survived from before it.
 
-Keys are stored unrotated, with positions relative to the current window (negative for older tokens), so that sessions of
-any length stay exact. Shape letters: B batch, T tokens of this call, S stored tokens, H query heads, G key/value heads.
+Keys are stored unrotated, with positions relative to the current window (negative for older tokens), so that
+sessions of any length stay exact. Shape letters: B batch, T tokens of this call, S stored tokens, H query
+heads, G key/value heads.
 """
 
 import torch
@@ -14,7 +15,8 @@ from sleeptrain.model.state import BlockState, KVCache, Tokens
 
 
 class Attention(nn.Module):
-    """Grouped-query attention inside a band of ``width`` tokens: its own width (``swa``), else the window's L."""
+    """Grouped-query attention inside a band of ``width`` tokens: its own width (``swa``), else the window's
+    L."""
 
     def __init__(self, config: ModelConfig, spec: BlockSpec) -> None:
         super().__init__()

@@ -1,7 +1,8 @@
-"""Blocks whose memory is a fast weight: projections, convolutions and gates around a rule of ``sleeptrain.memory``.
+"""Blocks whose memory is a fast weight: projections, convolutions and gates around a rule of
+``sleeptrain.memory``.
 
-GDN block: q, k, v by linear maps, each with a static short convolution. Jet block: no convolution on q and k, and on v
-one whose kernels every token computes for itself (Jet-Nemotron, arXiv 2508.15884).
+GDN block: q, k, v by linear maps, each with a static short convolution. Jet block: no convolution on q and k,
+and on v one whose kernels every token computes for itself (Jet-Nemotron, arXiv 2508.15884).
 
 Shape letters: B batch, T tokens, D model width, C channels, H value heads, K key size, V value size, W taps.
 """
@@ -44,16 +45,19 @@ class FastWeight(nn.Module):
         self.o_proj = nn.Linear(values, config.d_model, bias=False)
 
     def forward(self, x_BTD: Tensor, state: BlockState, tokens: Tokens) -> tuple[Tensor, BlockState]:
-        """Returns the mixed tokens, and the fast weights (and convolution tail where it is kept) after them."""
+        """Returns the mixed tokens, and the fast weights (and convolution tail where it is kept) after
+        them."""
         q, k, v, tail = self._queries_keys_values(x_BTD, state.tail, tokens, with_queries=True)
-        out, written = memory.apply(q, k, v, *self._gates(x_BTD, tokens), _fast_weights(state), rule=self.rule)
+        gates = self._gates(x_BTD, tokens)
+        out, written = memory.apply(q, k, v, *gates, _fast_weights(state), rule=self.rule)
         gate = F.silu(self.g_proj(x_BTD)).unflatten(-1, (-1, self.value_dim))
         return self.o_proj((self.o_norm(out) * gate).flatten(2)), BlockState(written, tail)
 
     def write(self, x_BTD: Tensor, state: BlockState, tokens: Tokens) -> BlockState:
         """Only the state after these tokens, where nobody reads the output."""
         _, k, v, tail = self._queries_keys_values(x_BTD, state.tail, tokens, with_queries=tokens.keeps_tail)
-        _, written = memory.apply(None, k, v, *self._gates(x_BTD, tokens), _fast_weights(state), rule=self.rule)
+        gates = self._gates(x_BTD, tokens)
+        _, written = memory.apply(None, k, v, *gates, _fast_weights(state), rule=self.rule)
         return BlockState(written, tail)
 
     def _queries_keys_values(
@@ -75,7 +79,8 @@ class FastWeight(nn.Module):
         return x_BTC.unflatten(-1, (-1, self.value_dim))
 
     def _gates(self, x_BTD: Tensor, tokens: Tokens) -> tuple[Tensor, Tensor]:
-        """Log decay and write strength ``[B, T, H]`` (method: a = exp(-exp(A_log) softplus(W_a x + dt_bias)))."""
+        """Log decay and write strength ``[B, T, H]`` (method: a = exp(-exp(A_log) softplus(W_a x +
+        dt_bias)))."""
         with torch.autocast(x_BTD.device.type, enabled=False):
             x = x_BTD.to(memory.state_dtype(x_BTD.dtype))
             beta = torch.sigmoid(F.linear(x, self.b_proj.weight.to(x.dtype)))
@@ -150,5 +155,5 @@ def _without_pads(x_BTC: Tensor, valid: Tensor | None) -> Tensor:
 
 def _fast_weights(state: BlockState) -> Tensor:
     if state.memory is None:
-        raise ValueError("a fast-weight block got a state without fast weights; start from model.initial_state")
+        raise ValueError("a fast-weight block got a state without memory; start from initial_state")
     return state.memory

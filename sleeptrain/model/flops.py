@@ -334,7 +334,7 @@ def _recomputed_flops(config: ModelConfig, sleep: SleepConfig, window: Window, v
         again += steps[:-1] if mode == "both" and visit.is_read else steps
         num_stops += mode == "pass" and visit.is_read
     stopped = 2.0 * (window.stop - window.start) * config.d_model * config.mlp_hidden * num_stops
-    return sum(sum(_block_flops(config, sleep, window, spec, whole)) for spec, whole in again)
+    return sum(sum(_block_flops(config, sleep, window, spec, whole)) for spec, whole in again) - stopped
 
 
 def _visit_inputs(config: ModelConfig, window: Window, visit: Visit) -> int:

@@ -1,7 +1,7 @@
 """The stack of blocks: one pass over one window is a function ``(h, state) -> (h, state)``.
 
-``state`` is a tuple with one BlockState per block: an explicit tree of tensors, each with the batch as first dimension,
-that can be saved, moved, split and compared. Shape letters: B batch, T tokens, D model width.
+``state`` is a tuple with one BlockState per block: an explicit tree of tensors, each with the batch as first
+dimension, that can be saved, moved, split and compared. Shape letters: B batch, T tokens, D model width.
 """
 
 from collections.abc import Sequence
@@ -45,7 +45,8 @@ class HybridStack(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.specs = config.blocks
-        self.blocks: Sequence[Block] = nn.ModuleList(Block(config, spec) for spec in self.specs)  # type: ignore[assignment]
+        blocks = nn.ModuleList(Block(config, spec) for spec in self.specs)
+        self.blocks: Sequence[Block] = blocks  # type: ignore[assignment]
 
     def fast_weight_mixers(self) -> list[tuple[int, FastWeight]]:
         """(block index, mixer) of each block that has fast weights."""
@@ -88,5 +89,6 @@ class HybridStack(nn.Module):
         return (*state[: writers[-1]], last, *state[writers[-1] + 1 :])
 
     def remembers(self, block: int, keeps_cache: bool) -> bool:
-        """Whether the block leaves anything behind: fast weights always, attention where its cache survives."""
+        """Whether the block leaves anything behind: fast weights always, attention where its cache
+        survives."""
         return self.specs[block].is_fast_weight or keeps_cache

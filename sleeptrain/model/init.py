@@ -1,8 +1,9 @@
-"""Initial weights, all in one place; each depends on the seed and its own name only, not on order, device or degree.
+"""Initial weights, all in one place; each depends on the seed and its own name only, not on order, device or
+degree.
 
-Linear and embedding weights N(0, std); norms 1; depthwise convolutions uniform within 1/sqrt(taps); A uniform in (0, 16),
-dt log-uniform in [1e-3, 0.1] (method: paper section 2.2 and Mamba-2). A Jet block starts with static kernels: the output
-weight of its kernel network is 0 and only its bias is drawn.
+Linear and embedding weights N(0, std); norms 1; depthwise convolutions uniform within 1/sqrt(taps); A uniform
+in (0, 16), dt log-uniform in [1e-3, 0.1] (method: paper section 2.2 and Mamba-2). A Jet block starts with
+static kernels: the output weight of its kernel network is 0 and only its bias is drawn.
 """
 
 import hashlib
@@ -37,6 +38,6 @@ def _draw(name: str, shape: torch.Size, std: float, seed: int) -> Tensor:
     if kind.endswith("_conv"):
         bound = shape[-1] ** -0.5
         return uniform(-bound, bound)
-    if kind == "initial_memory" or name.endswith("kernel_out.weight"):
+    if name.startswith("initial_memory") or name.endswith("kernel_out.weight"):
         return torch.zeros(shape)
     return torch.empty(shape).normal_(0.0, std, generator=generator)

@@ -52,10 +52,11 @@ def rotate(x: Tensor, table: tuple[Tensor, Tensor]) -> Tensor:
 
 
 def causal_convolution(x_BTC: Tensor, kernels: Tensor, tail: Tensor | None) -> Tensor:
-    """Depthwise causal convolution: the sum over taps w of ``kernels[..., w]`` times x at ``t - (W - 1) + w``.
+    """Depthwise causal convolution: the sum over taps w of ``kernels[..., w]`` times x at ``t - (W - 1) +
+    w``.
 
-    ``kernels`` is ``[C, W]``, or ``[B, T, C, W]`` where every token has its own (Jet block). ``tail`` ``[B, W-1, C]``
-    holds the inputs before the first token; None: zeros.
+    ``kernels`` is ``[C, W]``, or ``[B, T, C, W]`` where every token has its own (Jet block). ``tail`` ``[B,
+    W-1, C]`` holds the inputs before the first token; None: zeros.
     """
     if tail is None:
         padded = F.pad(x_BTC, (0, 0, kernels.shape[-1] - 1, 0))
@@ -93,14 +94,16 @@ class _TapSum(torch.autograd.Function):
 
 
 def convolution_tail(x_BTC: Tensor, tail: Tensor | None, valid: Tensor | None, num_taps: int) -> Tensor:
-    """The newest ``num_taps - 1`` inputs ``[B, W-1, C]`` that are no pads: what a following convolution starts from."""
+    """The newest ``num_taps - 1`` inputs ``[B, W-1, C]`` that are no pads: what a following convolution
+    starts from."""
     size = num_taps - 1
     if tail is None:
         tail = x_BTC.new_zeros(len(x_BTC), size, x_BTC.shape[-1])
     inputs = torch.cat([tail.to(x_BTC.dtype), x_BTC], dim=1)
     if valid is None:
         return inputs[:, inputs.shape[1] - size :]
-    # A row's newest inputs, in order: stable sort by "is a pad or older than the tail" keeps the order of the rest.
+    # A row's newest inputs, in order: stable sort by "is a pad or older than the tail" keeps the order of the
+    # rest.
     kept = torch.cat([valid.new_ones(len(valid), size), valid], dim=1)
     order = kept.to(torch.int8).argsort(dim=1, stable=True)[:, -size:]
     return inputs.gather(1, order[..., None].expand(-1, -1, inputs.shape[-1]))

@@ -1,7 +1,9 @@
-"""Wake and sleep at inference: tokens come in pieces of any size, and the model sleeps when its window is full.
+"""Wake and sleep at inference: tokens come in pieces of any size, and the model sleeps when its window is
+full.
 
-A session is a value: ``feed`` takes one and returns the next. Feeding a sequence in pieces, split at any token, equals one
-call of the ``predict_then_consolidate`` schedule on the whole of it (method: section 6, check 6).
+A session is a value: ``feed`` takes one and returns the next. Feeding a sequence in pieces, split at any
+token, equals one call of the ``predict_then_consolidate`` schedule on the whole of it (method: section 6,
+check 6).
 """
 
 import sys
@@ -16,8 +18,9 @@ from sleeptrain.model.window_state import Passes
 
 
 class Session(NamedTuple):
-    """``start``: the state at the start of the open window. ``state``: the same after reading what is in it so far,
-    with the keys, values and convolution tails of its tokens. ``hidden`` ``[B, position, D]``: what reading left."""
+    """``start``: the state at the start of the open window. ``state``: the same after reading what is in it
+    so far, with the keys, values and convolution tails of its tokens. ``hidden`` ``[B, position, D]``: what
+    reading left."""
 
     start: State
     state: State
@@ -39,7 +42,8 @@ def begin(model: SleepModel, num_sequences: int) -> Session:
 
 @torch.no_grad()
 def feed(model: SleepModel, session: Session, ids: Tensor, num_passes: int) -> tuple[Tensor, Session]:
-    """Reads ``ids`` ``[B, T]``, sleeping with N = ``num_passes`` at each full window; returns logits ``[B, T, V]``."""
+    """Reads ``ids`` ``[B, T]``, sleeping with N = ``num_passes`` at each full window; returns logits ``[B, T,
+    V]``."""
     logits = []
     while ids.shape[1]:
         room = (
@@ -76,7 +80,8 @@ def _open(model: SleepModel, start: State, hidden: Tensor) -> Session:
 
 
 def _read(model: SleepModel, session: Session, ids: Tensor) -> tuple[Tensor, Session]:
-    """Pass 1 over some tokens of the open window; the h that the core leaves is kept for the passes of sleep."""
+    """Pass 1 over some tokens of the open window; the h that the core leaves is kept for the passes of
+    sleep."""
     tokens = model.tokens(ids, valid=None, start=session.position_tokens)
     length = model.sleep.window_tokens or sys.maxsize
     tokens = tokens._replace(window_tokens=length, keeps_cache=True, keeps_tail=True)

@@ -1,8 +1,9 @@
 """The sleep loop: windows and passes as a list of visits, and the loss (method: paper section 3).
 
-A sequence is cut into windows of at most L tokens. A window that the model sleeps on is passed over N times, h and the
-fast weights both carried from pass to pass; at its end h and the KV cache are dropped and only the state crosses the
-border. ``plan`` writes this down as data; ``SleepModel`` walks it. The pipeline and the FLOP counter read the same list.
+A sequence is cut into windows of at most L tokens. A window that the model sleeps on is passed over N times,
+h and the fast weights both carried from pass to pass; at its end h and the KV cache are dropped and only the
+state crosses the border. ``plan`` writes this down as data; ``SleepModel`` walks it. The pipeline and the
+FLOP counter read the same list.
 
 Shape letters: B batch, T tokens, D model width, W windows, V vocabulary.
 """
@@ -35,8 +36,8 @@ class Window(NamedTuple):
 
 
 class Visit(NamedTuple):
-    """One trip of a window through a segment. ``has_loss``: the head reads the result; ``is_read``: somebody does;
-    ``is_last``: it is the last one of its sequence."""
+    """One trip of a window through a segment. ``has_loss``: the head reads the result; ``is_read``: somebody
+    does; ``is_last``: it is the last one of its sequence."""
 
     window: int
     pass_number: int
@@ -58,7 +59,8 @@ class Batch(Protocol):
 
 
 class Output(NamedTuple):
-    """Summed loss over the masked targets, in nats, and per token ``[B, T]`` the loss and the most likely id."""
+    """Summed loss over the masked targets, in nats, and per token ``[B, T]`` the loss and the most likely
+    id."""
 
     loss_sum: Tensor
     nll: Tensor
@@ -67,7 +69,8 @@ class Output(NamedTuple):
 
 
 class PassTrace(NamedTuple):
-    """Norms of the fast weights after a pass and of their change by it, averaged over sequences and blocks."""
+    """Norms of the fast weights after a pass and of their change by it, averaged over sequences and
+    blocks."""
 
     window: int
     pass_number: int
@@ -141,7 +144,8 @@ def _without_dead(
 
 
 class SleepModel(nn.Module):
-    """Embedding, stack, final norm and head, and the walk over the visits. N is an argument of ``forward``."""
+    """Embedding, stack, final norm and head, and the walk over the visits. N is an argument of
+    ``forward``."""
 
     def __init__(self, config: ModelConfig, sleep: SleepConfig, vocab_size: int, seed: int = 0) -> None:
         super().__init__()
@@ -153,10 +157,9 @@ class SleepModel(nn.Module):
         if config.tie_embeddings:
             self.head.weight = self.embed.weight
         if sleep.learned_initial_state:
-            start = self.stack.initial_state(1)
-            self.initial_memory = nn.ParameterDict(
-                {str(i): nn.Parameter(start[i].memory[0]) for i, _ in self.stack.fast_weight_mixers()}  # type: ignore
-            )
+            starts = enumerate(self.stack.initial_state(1))
+            learned = {str(i): nn.Parameter(s.memory[0]) for i, s in starts if s.memory is not None}
+            self.initial_memory = nn.ParameterDict(learned)
         initialise(self, config.init_std, seed)
 
     def initial_state(self, num_sequences: int) -> State:
@@ -220,7 +223,8 @@ class SleepModel(nn.Module):
         visits: Sequence[Visit],
         trace: list[PassTrace] | None = None,
     ) -> tuple[Tensor | None, State]:
-        """All visits of one window from the state at its start; returns what the head reads, and the state after."""
+        """All visits of one window from the state at its start; returns what the head reads, and the state
+        after."""
         tokens = self.tokens(ids, valid)
         passes = Passes(start, self.sleep)
         predicts = any(visit.has_loss for visit in visits)

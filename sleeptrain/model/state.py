@@ -1,6 +1,7 @@
 """The state of a model as an explicit tree of tensors: what its blocks remember of the tokens read so far.
 
-Every tensor has the batch as its first dimension, so a state can be saved, moved, split by batch and compared.
+Every tensor has the batch as its first dimension, so a state can be saved, moved, split by batch and
+compared.
 """
 
 from collections.abc import Callable
@@ -20,7 +21,8 @@ class KVCache(NamedTuple):
     valid: Tensor
 
     def newest(self, num_tokens: int) -> "KVCache":
-        """The newest ``num_tokens`` entries that are no pads, in order; pads fill up where there are fewer."""
+        """The newest ``num_tokens`` entries that are no pads, in order; pads fill up where there are
+        fewer."""
         if num_tokens >= self.keys.shape[1]:
             return self
         order = self.valid.to(torch.int8).argsort(dim=1, stable=True)[:, self.keys.shape[1] - num_tokens :]
@@ -41,7 +43,8 @@ class KVCache(NamedTuple):
 
 
 class BlockState(NamedTuple):
-    """What a block remembers: fast weights ``[B, H, K, V]`` and convolution tail ``[B, W-1, C]``, or KV caches.
+    """What a block remembers: fast weights ``[B, H, K, V]`` and convolution tail ``[B, W-1, C]``, or KV
+    caches.
 
     A pass reads and leaves at most one cache; across a border the caches of several passes may survive.
     """
@@ -61,9 +64,9 @@ State = tuple[BlockState, ...]
 class Tokens(NamedTuple):
     """What a block knows of the tokens of a call beside their hidden states.
 
-    ``positions`` ``[B or 1, T]`` count real tokens from the start of the window; ``valid`` ``[B, T]`` is False on
-    pads, None where there are none; ``rotary`` is the table of these positions. ``keeps_cache`` and ``keeps_tail``
-    ask for the keys, values and convolution inputs that later tokens will need.
+    ``positions`` ``[B or 1, T]`` count real tokens from the start of the window; ``valid`` ``[B, T]`` is
+    False on pads, None where there are none; ``rotary`` is the table of these positions. ``keeps_cache`` and
+    ``keeps_tail`` ask for the keys, values and convolution inputs that later tokens will need.
     """
 
     positions: Tensor

@@ -1,8 +1,8 @@
 """What of the state lasts from pass to pass inside a window, and what crosses its border.
 
-Fast weights go from pass to pass and across the border. Attention reads, on every pass, the keys and values that survived
-from before the window (sliding eviction; none with hard eviction). A convolution starts pass 1 from the tail that the
-window before left (``carried``; else from zeros) and every later pass from zeros.
+Fast weights go from pass to pass and across the border. Attention reads, on every pass, the keys and values
+that survived from before the window (sliding eviction; none with hard eviction). A convolution starts pass 1
+from the tail that the window before left (``carried``; else from zeros) and every later pass from zeros.
 """
 
 from typing import Any
@@ -25,7 +25,8 @@ class Passes:
         )  # one per executed pass and block, where they survive
 
     def begin(self, pass_number: int, awake: bool) -> State:
-        """The state with which a pass starts. An awake pass reads what the last pass of the window before left."""
+        """The state with which a pass starts. An awake pass reads what the last pass of the window before
+        left."""
         return tuple(
             BlockState(
                 memory=latest.memory,
@@ -42,8 +43,8 @@ class Passes:
             self.caches[i] += state[i].caches
 
     def cut_gradient(self) -> None:
-        """Truncated backpropagation starts here: the passes before get no gradient, but what the fast weights held at
-        the window's start keeps its direct path, so that earlier windows still learn."""
+        """Truncated backpropagation starts here: the passes before get no gradient, but what the fast weights
+        held at the window's start keeps its direct path, so that earlier windows still learn."""
         for i, (start, latest) in enumerate(zip(self.start, self.latest)):
             if latest.memory is not None:
                 self.latest[i] = latest._replace(memory=_StraightThrough.apply(start.memory, latest.memory))

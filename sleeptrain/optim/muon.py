@@ -1,4 +1,5 @@
-"""Muon: momentum orthogonalised by Newton-Schulz, for matrices (Jordan et al. 2024; scales after arXiv 2502.16982)."""
+"""Muon: momentum orthogonalised by Newton-Schulz, for matrices (Jordan et al. 2024; scales after arXiv
+2502.16982)."""
 
 from collections.abc import Iterable
 from typing import Any
@@ -10,7 +11,8 @@ COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 
 
 def orthogonalise(matrices: Tensor, num_steps: int) -> Tensor:
-    """Newton-Schulz iteration on ``[..., rows, columns]`` in float32: singular values are driven to about 1."""
+    """Newton-Schulz iteration on ``[..., rows, columns]`` in float32: singular values are driven to about
+    1."""
     a, b, c = COEFFICIENTS
     tall = matrices.shape[-2] > matrices.shape[-1]
     x = (matrices.mT if tall else matrices).float()

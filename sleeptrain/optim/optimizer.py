@@ -1,7 +1,7 @@
 """Which weight is trained by what, and both optimizers behind one step (method: section 4).
 
-Muon trains the matrices of the blocks; AdamW everything else: embeddings, head, norms, biases, A_log, dt_bias, depthwise
-convolutions. Norms, A_log, dt_bias and learned initial fast weights take no weight decay.
+Muon trains the matrices of the blocks; AdamW everything else: embeddings, head, norms, biases, A_log,
+dt_bias, depthwise convolutions. Norms, A_log, dt_bias and learned initial fast weights take no weight decay.
 """
 
 import torch
@@ -58,7 +58,8 @@ class MuonAdamW:
         self.num_updates += 1
 
     def state(self) -> dict[str, Tensor]:
-        """Tensors by logical name, as in ``stack.blocks.0.mixer.q_proj.weight/momentum``; the step count only once."""
+        """Tensors by logical name, as in ``stack.blocks.0.mixer.q_proj.weight/momentum``; the step count only
+        once."""
         tensors = {"num_updates": torch.tensor(self.num_updates)}
         for optimizer, keys in ((self.muon, ("momentum",)), (self.adamw, ADAMW_STATE)):
             for parameter, values in optimizer.state.items():

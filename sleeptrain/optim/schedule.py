@@ -14,8 +14,8 @@ def lr_factor(step: int, config: OptimConfig) -> float:
 
 
 def num_passes_at(step: int, sleep: SleepConfig, num_steps: int, seed: int) -> int:
-    """N of training step ``step``: fixed, growing by equal stages, or drawn evenly from a counter (the same on every
-    rank and after every restart)."""
+    """N of training step ``step``: fixed, growing by equal stages, or drawn evenly from a counter (the same
+    on every rank and after every restart)."""
     choices = sleep.num_passes - sleep.min_passes + 1
     if sleep.passes_schedule == "growing":
         progress = step / max(1.0, sleep.growth_fraction * num_steps)

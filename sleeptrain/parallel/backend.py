@@ -14,14 +14,16 @@ from sleeptrain.optim.optimizer import MuonAdamW
 
 
 class StepResult(NamedTuple):
-    """Mean loss per target of a batch, in nats, as a tensor on the device; norms of S per pass where asked for."""
+    """Mean loss per target of a batch, in nats, as a tensor on the device; norms of S per pass where asked
+    for."""
 
     loss: Tensor
     trace: list[PassTrace]
 
 
 class UpdateResult(NamedTuple):
-    """Loss, global gradient norm before clipping, and whether the update was made: not if one of them is not finite."""
+    """Loss, global gradient norm before clipping, and whether the update was made: not if one of them is not
+    finite."""
 
     loss: float
     grad_norm: float
@@ -63,7 +65,8 @@ class LocalBackend:
         return StepResult(loss, trace)
 
     def step(self, lr_factor: float, loss: Tensor) -> UpdateResult:
-        """Clips, updates, clears the gradients; leaves weights and optimizer untouched when loss or norm is not finite."""
+        """Clips, updates, clears the gradients; leaves weights and optimizer untouched when loss or norm is
+        not finite."""
         parameters = [p for p in self.model.parameters() if p.grad is not None]
         gradients = [p.grad for p in parameters if p.grad is not None]
         norm = torch.nn.utils.get_total_norm(gradients)

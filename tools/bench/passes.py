@@ -1,8 +1,9 @@
 """What a pass costs: step time and peak memory against N, all activations kept or recomputed per pass.
 
-A step is the forward and backward of three windows to sleep on and a small one with the loss. Time: T(N) /
-T(1) against R(N), the ratio of the FLOPs of the visits planned, and what recomputing per pass adds. Memory: the
-peak of a fresh process for each N and policy; of its growth per extra pass, the ratio per pass / keep all.
+A step is the forward and backward of three windows to sleep on and a small one with the loss.
+Time: T(N) / T(1) against R(N), the ratio of the FLOPs of the visits planned; and what recomputing adds.
+Memory: the peak of a fresh process for each N and policy; of its growth per extra pass, the ratio per pass /
+keep all.
 """
 
 import argparse
@@ -66,9 +67,9 @@ def main() -> None:
     print(f"{setup}\n")
     sides = [(n, policy) for n in setup.num_passes for policy in POLICIES]
     times = measure.interleaved({side: training_step(setup, *side) for side in sides}, options.rounds)
+    report_time(setup, times, judged=not options.quick)
     size = ["--quick"] if options.quick else []
     peaks = {(n, p): measure.peak_mib(__file__, [*size, "--alone", str(n), p]) for n, p in sides}
-    report_time(setup, times, judged=not options.quick)
     report_memory(setup, peaks, judged=not options.quick)
 
 

@@ -3,8 +3,8 @@
 Both train the quickstart model from the same weights on the same batches with the same optimizer maths, in
 blocks of log.every_steps steps in turn, and must end with equal weights, bit for bit. The framework's side is
 everything its loop does: data, forward/backward, update, progress, a row of metrics; only saving and
-evaluating are switched off. The bare side has its batches ready and does nothing else. The ratio is framework /
-bare.
+evaluating are switched off. The bare side has its batches ready and does nothing else. The ratio is
+framework / bare.
 """
 
 import sys
