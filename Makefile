@@ -34,7 +34,7 @@ pretrain: .venv/.stamp  ## train the quickstart experiment in runs/
 	python -m sleeptrain.pretrain experiment=quickstart $(ARGS)
 
 bench: .venv/.stamp-bench  ## measure against the peers, one figure per file of tools/bench
-	@for file in tools/bench/*.py; do echo "python $$file"; python $$file || exit; done
+	@for file in $(filter-out %/measure.py, $(wildcard tools/bench/*.py)); do echo "python $$file"; python $$file || exit; done
 
 # A stamp is written only after pip succeeded, so a failed install is tried again.
 .venv/.stamp: pyproject.toml

@@ -114,8 +114,9 @@ class _ChunkedRule(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, d_out: Tensor, d_state: Tensor) -> tuple[Tensor | None, ...]:
-        decay = _Decay(*ctx.saved_tensors[:4])
-        q, k, v, b, written, states, qk, *factors = ctx.saved_tensors[4:]
+        saved = ctx.saved_tensors  # read once: activation checkpointing allows no second time
+        decay = _Decay(*saved[:4])
+        q, k, v, b, written, states, qk, *factors = saved[4:]
         num_batch, num_tokens, groups = ctx.sizes
         length, value_dim, erases = k.shape[-2], v.shape[-1], bool(factors)
 
