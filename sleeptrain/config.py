@@ -104,6 +104,12 @@ class ModelConfig:
             "memory_value_dim",
         )
         _require_positive("model", self, (*positive, "conv_width", "jet_reduction"))
+        given = [
+            n
+            for n in ("num_kv_heads", "head_dim", "memory_qk_heads", "mlp_dim")
+            if getattr(self, n) is not None
+        ]
+        _require_positive("model", self, tuple(given))
         blocks = self.blocks
         if self.head_dim is None and self.d_model % self.num_heads:
             raise ConfigError(
@@ -190,14 +196,8 @@ class SleepConfig:
             raise ConfigError(
                 f"sleep.min_passes={self.min_passes} must lie in 1..{self.num_passes} (sleep.num_passes)"
             )
-        if self.window_tokens < 0:
-            raise ConfigError(
-                f"sleep.window_tokens={self.window_tokens} is negative; use 0 for one single window"
-            )
-        if self.backprop_passes < 0:
-            raise ConfigError(
-                f"sleep.backprop_passes={self.backprop_passes} is negative; use 0 for all passes"
-            )
+        _require_in("sleep", self, ("window_tokens", "backprop_passes"), 0)
+        _require_in("sleep", self, ("growth_fraction",), 0, 1)
 
 
 @dataclass(frozen=True)
@@ -289,7 +289,9 @@ class DataConfig:
 
     def __post_init__(self) -> None:
         _require_positive("data", self, ("batch_sequences",))
-        if self.micro_batch < 1 or self.batch_sequences % self.micro_batch:
+        if self.micro_batch_sequences is not None:
+            _require_positive("data", self, ("micro_batch_sequences",))
+        if self.batch_sequences % self.micro_batch:
             raise ConfigError(
                 f"data.micro_batch_sequences={self.micro_batch} does not divide "
                 f"data.batch_sequences={self.batch_sequences}; choose a divisor"
@@ -320,8 +322,9 @@ class OptimConfig:
 
     def __post_init__(self) -> None:
         _require_positive("optim", self, ("num_steps", "max_skipped_steps"))
-        if not 0 <= self.decay_fraction <= 1:
-            raise ConfigError(f"optim.decay_fraction={self.decay_fraction} must lie in 0..1")
+        rates = ("muon_lr", "adamw_lr", "weight_decay", "warmup_steps", "clip_norm", "muon_steps")
+        _require_in("optim", self, rates, 0)
+        _require_in("optim", self, ("muon_momentum", "adamw_beta1", "adamw_beta2", "decay_fraction"), 0, 1)
 
 
 @dataclass(frozen=True)
@@ -336,6 +339,7 @@ class EvalConfig:
 
     def __post_init__(self) -> None:
         _require_positive("eval", self, ("num_examples", "batch_sequences"))
+        _require_in("eval", self, ("every_steps",), 0)
         if any(n < 1 for n in self.num_passes):
             raise ConfigError(f"eval.num_passes={list(self.num_passes)} holds a value below 1")
 
@@ -350,6 +354,7 @@ class CheckpointConfig:
 
     def __post_init__(self) -> None:
         _require_positive("checkpoint", self, ("keep_last",))
+        _require_in("checkpoint", self, ("every_steps", "keep_every_steps"), 0)
 
 
 @dataclass(frozen=True)
@@ -422,3 +427,13 @@ def _require_positive(section: str, config: object, names: tuple[str, ...]) -> N
     for name in names:
         if getattr(config, name) < 1:
             raise ConfigError(f"{section}.{name}={getattr(config, name)} must be at least 1")
+
+
+def _require_in(
+    section: str, config: object, names: tuple[str, ...], low: float, high: float | None = None
+) -> None:
+    for name in names:
+        value = getattr(config, name)
+        if value < low or (high is not None and value > high):
+            allowed = f"lie in {low}..{high}" if high is not None else f"be at least {low}"
+            raise ConfigError(f"{section}.{name}={value} must {allowed}")

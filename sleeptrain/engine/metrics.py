@@ -2,6 +2,7 @@
 wandb."""
 
 import json
+import math
 import os
 import resource
 from pathlib import Path
@@ -23,6 +24,8 @@ class MetricsWriter:
         self._wandb = start_wandb(folder, config) if config.log.wandb != "off" else None
 
     def write(self, step: int, row: dict[str, Any]) -> None:
+        """JSON has no infinity: a value that is not finite is written as null."""
+        row = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()}
         self._file.write(json.dumps({"step": step, **row}, allow_nan=False) + "\n")
         self._file.flush()
         if self._wandb is not None:
@@ -53,7 +56,7 @@ def check_wandb(config: Config) -> None:
         return
     import wandb
 
-    if not wandb.api.api_key:
+    if not wandb.login(prompt=False):
         raise ConfigError(
             "log.wandb=online, but no API key is set; run `wandb login`, set WANDB_API_KEY, "
             "or use log.wandb=offline"

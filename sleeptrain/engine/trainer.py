@@ -1,12 +1,12 @@
 """The training loop: next batch, forward/backward, step, log, evaluate, save; it resumes by default, bit for
 bit."""
 
-import math
 import time
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.utils.deterministic
 
 from sleeptrain.checkpoint import store
 from sleeptrain.checkpoint.durable import replace_file
@@ -51,7 +51,9 @@ class Trainer:
         self.config, self.folder = config, folder
         if config.run.num_threads:
             torch.set_num_threads(config.run.num_threads)
-        torch.use_deterministic_algorithms(config.run.deterministic)
+        # Not use_deterministic_algorithms: that loads the compiler, and would fill every empty tensor.
+        torch.set_deterministic_debug_mode("error" if config.run.deterministic else "default")
+        torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
         self.task = make_task(config.task)
         self.backend = LocalBackend(config, self.task.vocab_size)
         self.stream = TrainStream(
@@ -90,9 +92,7 @@ class Trainer:
             progress.close()
             metrics.close()
         if self.step < num_steps:
-            print(
-                f"stopped by {stop.requested}; step {self.step} is saved, and the same command goes on"
-            )
+            print(f"stopped by {stop.requested}; step {self.step} is saved, and the same command goes on")
             return EXIT_REQUEUE
         for path in draw_learning_curve(read_metrics(self.folder), self.folder / "figures", config.run.id):
             print(f"wrote {path}")
@@ -129,7 +129,7 @@ class Trainer:
         sequences_per_second = interval.num_steps * config.data.batch_sequences / interval.seconds
         row: dict[str, Any] = {
             "train/loss": interval.mean_loss(),
-            "train/grad_norm": interval.grad_norm if math.isfinite(interval.grad_norm) else None,
+            "train/grad_norm": interval.grad_norm,
             "train/muon_lr": config.optim.muon_lr * interval.lr_factor,
             "train/adamw_lr": config.optim.adamw_lr * interval.lr_factor,
             "train/num_passes": interval.num_passes,

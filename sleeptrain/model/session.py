@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from sleeptrain.model.sleep import SleepModel, segments_of
+from sleeptrain.model.sleep import SleepModel, require_passes, segments_of
 from sleeptrain.model.state import State
 from sleeptrain.model.window_state import Passes
 
@@ -44,7 +44,8 @@ def begin(model: SleepModel, num_sequences: int) -> Session:
 def feed(model: SleepModel, session: Session, ids: Tensor, num_passes: int) -> tuple[Tensor, Session]:
     """Reads ``ids`` ``[B, T]``, sleeping with N = ``num_passes`` at each full window; returns logits ``[B, T,
     V]``."""
-    logits = []
+    require_passes(num_passes)
+    logits = [session.hidden.new_zeros(len(ids), 0, model.head.out_features)]
     while ids.shape[1]:
         room = (
             model.sleep.window_tokens - session.position_tokens if model.sleep.window_tokens else ids.shape[1]
@@ -59,19 +60,28 @@ def feed(model: SleepModel, session: Session, ids: Tensor, num_passes: int) -> t
 
 @torch.no_grad()
 def sleep(model: SleepModel, session: Session, num_passes: int) -> Session:
-    """Passes 2..N over the open window, then forgets it: only what crosses a border stays."""
+    """Passes 2..N over the open window, then forgets it: only what crosses a border stays. ValueError for N < 1."""
+    require_passes(num_passes)
+    if not session.position_tokens:
+        return session
     ids = session.hidden.new_zeros(session.hidden.shape[:2], dtype=torch.long)
     tokens = model.tokens(ids, valid=None)
     segments = segments_of(model.config)
     passes = Passes(session.start, model.sleep)
-    for blocks in segments.values():  # reading was pass 1
-        passes.record(blocks, session.state)
+    # Reading was pass 1. What the coda wrote awake is provisional where the coda runs once, after pass N.
+    coda_again = "coda" in segments and model.sleep.schedule == "consolidate_or_predict"
+    for name, blocks in segments.items():
+        if not (name == "coda" and coda_again):
+            passes.record(blocks, session.state)
     h = session.hidden
     for n in range(2, num_passes + 1):
         h = model.final_norm(h) if model.sleep.norm_between_passes else h
         before = passes.begin(n, awake=False)
         h, after = model.stack(h, before, tokens, segments["core"])
         passes.record(segments["core"], after)
+    if coda_again:
+        _, after = model.stack(h, passes.begin(num_passes, awake=False), tokens, segments["coda"])
+        passes.record(segments["coda"], after)
     return _open(model, passes.end(tokens), session.hidden[:, :0])
 
 

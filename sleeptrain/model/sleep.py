@@ -78,6 +78,12 @@ class PassTrace(NamedTuple):
     update: Tensor
 
 
+def require_passes(num_passes: int) -> None:
+    """Raises ValueError for an N below 1."""
+    if num_passes < 1:
+        raise ValueError(f"num_passes={num_passes} is below 1; reading a window is already pass 1")
+
+
 def segments_of(config: ModelConfig) -> dict[Segment, range]:
     """Block ranges of the segments that hold any block."""
     core_stop = len(config.blocks) - config.coda_blocks
@@ -181,8 +187,7 @@ class SleepModel(nn.Module):
         trace: list[PassTrace] | None = None,
     ) -> Output:
         """Walks the visits of a batch; ``trace`` collects the norms of S of every pass that writes it."""
-        if num_passes < 1:
-            raise ValueError(f"num_passes={num_passes} is below 1; reading a window is already pass 1")
+        require_passes(num_passes)
         windows = self.windows(batch)
         visits = plan(windows, num_passes, self.config, self.sleep)
         state = self.initial_state(len(batch.ids)) if state is None else state

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from sleeptrain.config import SleepConfig
-from sleeptrain.model.state import BlockState, KVCache, State, Tokens
+from sleeptrain.model.state import BlockState, KVCache, State, Tokens, map_state
 
 
 class Passes:
@@ -46,8 +46,11 @@ class Passes:
         """Truncated backpropagation starts here: the passes before get no gradient, but what the fast weights
         held at the window's start keeps its direct path, so that earlier windows still learn."""
         for i, (start, latest) in enumerate(zip(self.start, self.latest)):
+            cut = map_state(Tensor.detach, (latest._replace(memory=None),))[0]
             if latest.memory is not None:
-                self.latest[i] = latest._replace(memory=_StraightThrough.apply(start.memory, latest.memory))
+                cut = cut._replace(memory=_StraightThrough.apply(start.memory, latest.memory))
+            self.latest[i] = cut
+            self.caches[i] = map_state(Tensor.detach, (BlockState(caches=self.caches[i]),))[0].caches
 
     def end(self, tokens: Tokens) -> State:
         """What crosses the border: fast weights; tails and caches where the eviction lets them survive."""

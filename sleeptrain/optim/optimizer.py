@@ -69,9 +69,10 @@ class MuonAdamW:
     def load(self, tensors: dict[str, Tensor]) -> None:
         """Takes over what ``state`` returned; KeyError where a tensor is missing."""
         self.num_updates = int(tensors["num_updates"])
-        if self.num_updates == 0:
-            return
         for optimizer, keys in ((self.muon, ("momentum",)), (self.adamw, ADAMW_STATE)):
+            optimizer.state.clear()
+            if self.num_updates == 0:
+                continue
             for parameter in (p for group in optimizer.param_groups for p in group["params"]):
                 name = self.names[id(parameter)]
                 values = {key: tensors[f"{name}/{key}"].to(parameter.device).clone() for key in keys}

@@ -95,9 +95,9 @@ def assert_same(actual: dict[str, Tensor], expected: dict[str, Tensor], toleranc
     """Within ``tolerance`` of the largest gradient, all names."""
     assert actual.keys() == expected.keys()
     scale = max(g.norm() for g in expected.values())
-    wrong = {n: float((actual[n] - g).norm() / scale) for n, g in expected.items()}
-    wrong = {n: e for n, e in wrong.items() if not e <= tolerance}
-    assert not wrong, f"relative errors: {wrong}"
+    errors = {n: float((actual[n] - g).norm() / scale) for n, g in expected.items()}
+    wrong = {n: e for n, e in errors.items() if not e <= tolerance}
+    assert not wrong, f"{len(wrong)} gradients differ, as {dict(sorted(wrong.items())[:3])}"
 
 
 def assert_model_is_plain(model: SleepModel, batch: Batch, num_passes: int) -> None:

@@ -1,0 +1,189 @@
+"""The command line as a user meets it: a whole run, its folder, resuming, refusals."""
+
+import json
+import shutil
+import signal
+import subprocess
+from pathlib import Path
+
+import pytest
+from e2e_runs import TINY, command, compare_runs, environment
+
+from sleeptrain.config import Config
+from sleeptrain.engine.metrics import read_metrics
+from sleeptrain.evaluate import main as evaluate
+from sleeptrain.pretrain import help_text, main
+from sleeptrain.schema import describe
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a whole run; tests that write work on a copy."""
+    folder = tmp_path_factory.mktemp("finished") / "run"
+    done = subprocess.run(command(folder), env=environment(), capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "step 24/24" in done.stdout
+    return folder
+
+
+@pytest.fixture
+def copy(finished: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(finished, tmp_path / "run"))
+
+
+def pretrain(folder: Path, *settings: str) -> int:
+    return main([f"run.dir={folder}", *TINY, *settings])
+
+
+def test_a_run_leaves_what_the_readme_promises(copy: Path) -> None:
+    assert (copy / "config.yaml").read_text().startswith("run:")
+    steps = sorted(path.name for path in (copy / "checkpoints").iterdir())
+    assert steps == ["step_00000020", "step_00000024"]
+    assert {p.name for p in (copy / "figures").iterdir()} == {"learning_curve.svg", "learning_curve.png"}
+    rows = read_metrics(copy)
+    training = [row for row in rows if "train/loss" in row]
+    assert [row["step"] for row in training] == list(range(3, 25, 3))
+    held_out = [row for row in rows if "eval/exact_accuracy" in row]
+    assert [row["step"] for row in held_out] == [8, 16, 24]
+    for n in (1, 2, 3):
+        assert 0 <= held_out[-1][f"eval/exact_accuracy/steps_1/passes_{n}"] <= 1
+    assert held_out[-1]["eval/loss"] == held_out[-1]["eval/loss/steps_1/passes_2"]
+    for name in ("train/grad_norm", "train/muon_lr", "train/num_passes", "train/tokens_per_second"):
+        assert all(name in row for row in training)
+    assert all(row["memory/norm/pass_2"] > 0 and row["memory/update/pass_2"] > 0 for row in training)
+    assert pretrain(copy) == 0  # nothing left to do, nothing lost
+    assert read_metrics(copy) == rows
+
+
+def test_evaluate_scores_every_difficulty_and_n(copy: Path, capsys: pytest.CaptureFixture) -> None:
+    assert evaluate([f"checkpoint={copy}", "num_passes=[1,2]", "difficulties=[1,2]", "num_examples=32"]) == 0
+    printed = capsys.readouterr().out
+    assert "steps 2" in printed
+    assert "N=2" in printed
+    document = json.loads((copy / "eval" / "step_00000024_test.json").read_text())
+    assert [(r["num_passes"], r["difficulty"]) for r in document["results"]] == [
+        (1, 1),
+        (2, 1),
+        (1, 2),
+        (2, 2),
+    ]
+    assert evaluate([f"checkpoint={copy}", "task.num_strings=3"]) == 2
+    assert "vocabulary of 5" in capsys.readouterr().err
+
+
+def test_refuses_to_resume_with_other_settings(copy: Path, capsys: pytest.CaptureFixture) -> None:
+    kept = [path for path in copy.rglob("*") if path.is_file() and path.name != "run.lock"]
+    before = [path.read_bytes() for path in kept]
+    assert pretrain(copy, "optim.muon_lr=0.5", "task.steps=3") == 2
+    refusal = capsys.readouterr().err
+    assert "optim.muon_lr: saved 0.01, now 0.5" in refusal
+    assert "task.steps: saved 1, now 3" in refusal
+    assert [path.read_bytes() for path in kept] == before
+    assert pretrain(copy, "optim.num_steps=26", "run.allow_config_change=true") == 0
+    assert "optim.num_steps: saved 24, now 26" in capsys.readouterr().out
+
+
+def test_a_damaged_checkpoint_is_named_and_the_one_before_used(
+    copy: Path, finished: Path, capsys: pytest.CaptureFixture
+) -> None:
+    damaged = copy / "checkpoints" / "step_00000024" / "model.safetensors"
+    content = bytearray(damaged.read_bytes())
+    content[len(content) // 2] ^= 1
+    damaged.write_bytes(content)
+    assert pretrain(copy) == 0
+    printed = capsys.readouterr().out
+    assert "model.safetensors" in printed
+    assert "trying step_00000020" in printed
+    assert compare_runs(copy, finished) == ""
+
+
+def test_a_stop_signal_saves_and_asks_for_a_requeue(finished: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    process = subprocess.Popen(command(folder), env=environment(), stdout=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    for line in process.stdout:
+        if line.startswith("step 6/"):
+            process.send_signal(signal.SIGTERM)
+            break
+    rest = process.stdout.read()
+    assert process.wait() == 75
+    assert "SIGTERM" in rest
+    assert pretrain(folder) == 0
+    assert compare_runs(folder, finished) == ""
+
+
+def test_two_trainers_cannot_share_a_folder(copy: Path, capsys: pytest.CaptureFixture) -> None:
+    longer = ["optim.num_steps=100000", "run.allow_config_change=true"]
+    first = subprocess.Popen(command(copy, *longer), env=environment(), stdout=subprocess.PIPE, text=True)
+    try:
+        assert first.stdout is not None
+        assert any(line.startswith("run ") for line in first.stdout)
+        assert pretrain(copy) == 2
+        assert f"process {first.pid} on" in capsys.readouterr().err
+    finally:
+        first.kill()
+        first.wait()
+    assert pretrain(copy, "run.allow_config_change=true") == 0  # the lock of a killed process is free
+
+
+@pytest.mark.parametrize(
+    ("settings", "named"),
+    [
+        (["task=rule11"], "rule110"),
+        (["model.pattern=attn gnd"], "'gnd'"),
+        (["model.rule=gated_dleta"], "gated_delta"),
+        (["sleep.window=6"], "sleep.window_tokens"),
+        (["sleep.window_tokens=99"], "sleep.window_tokens=99"),
+        (["sleep.num_passes=0"], "sleep.num_passes=0"),
+        (["model.num_heads=3"], "model.num_heads=3"),
+        (["model.pattern=attn"], "gdn or jet"),
+        (["just_a_word"], "KEY=VALUE"),
+        (["log.wandb=online"], "WANDB_API_KEY"),
+    ],
+)
+def test_bad_settings_get_one_sentence(
+    tmp_path: Path, settings: list[str], named: str, monkeypatch, capsys
+) -> None:
+    monkeypatch.delenv("WANDB_API_KEY", raising=False)
+    monkeypatch.setenv("HOME", str(tmp_path))  # no netrc
+    monkeypatch.chdir(tmp_path)
+    tiny = [t for t in TINY if t.split("=")[0] not in {s.split("=")[0] for s in settings}]
+    assert main([*tiny, *settings]) == 2
+    printed = capsys.readouterr()
+    assert printed.err.startswith("error: ")
+    assert named in printed.err
+    assert len(printed.err.strip().splitlines()) == 1
+    assert not (tmp_path / "runs").exists()
+
+
+def test_an_empty_text_folder_is_refused(tmp_path: Path, capsys) -> None:
+    (tmp_path / "texts").mkdir()
+    settings = ["experiment=text_small", f"task.folder={tmp_path / 'texts'}", f"run.dir={tmp_path / 'run'}"]
+    assert main(settings) == 2
+    assert "task.folder" in capsys.readouterr().err
+
+
+def test_wandb_offline_keeps_the_same_rows(finished: Path, tmp_path: Path) -> None:
+    assert pretrain(tmp_path / "run", "log.wandb=offline") == 0
+    assert list((tmp_path / "run" / "wandb").glob("offline-run-*"))
+    assert compare_runs(tmp_path / "run", finished) == ""
+
+
+def test_non_finite_updates_are_skipped_counted_and_stop_the_run(
+    tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    wild = ["optim.muon_lr=1e30", "optim.adamw_lr=1e30", "optim.max_skipped_steps=3"]
+    assert pretrain(tmp_path / "run", *wild) == 1
+    assert "3 updates in a row were skipped" in capsys.readouterr().err
+
+
+def test_help_names_every_setting() -> None:
+    text = help_text()
+    for name, default, _ in describe(Config):
+        assert f"  {name}={default}" in text
+
+
+@pytest.mark.parametrize(("experiment", "windows"), [("rule110_paper", "24x4/4"), ("depo_paper", "75x4/60")])
+def test_dry_run_shows_the_plan_of_the_paper(experiment: str, windows: str, capsys) -> None:
+    assert main([f"experiment={experiment}", "dry_run=true"]) == 0
+    assert windows in capsys.readouterr().out
