@@ -1,7 +1,8 @@
 """Every setting of a run, what it means, and the checks between settings. Imports no torch.
 
-Each section is a frozen dataclass; Hydra composes the values (``configs/``), ``Config`` checks them, and the result
-is frozen as ``config.yaml`` in the run folder. A check raises ConfigError with the setting, its value and the remedy.
+Each section is a frozen dataclass; Hydra composes the values (``configs/``), ``Config`` checks them, and the
+result is frozen as ``config.yaml`` in the run folder. A check raises ConfigError with the setting, its value
+and the remedy.
 
 Over 400 lines because a user finds every setting here, each with its sentence.
 """
@@ -257,9 +258,7 @@ class TextConfig:
     """Next-token prediction over a folder of text files."""
 
     name: Literal["text"] = setting("text", "the task")
-    folder: str = setting(
-        "stdlib", "folder of text files, or 'stdlib': the source of the installed Python's library"
-    )
+    folder: str = setting("stdlib", "folder of text files, or 'stdlib': the source of Python's own library")
     suffixes: tuple[str, ...] = setting((".txt", ".md", ".py"), "file name endings that count as text")
     tokenizer: str = setting("bytes", "'bytes', or the path of a Hugging Face tokenizer.json")
     sequence_tokens: int = setting(512, "T, tokens of an example")

@@ -100,7 +100,8 @@ def run(settings: EvaluateConfig, task_changes: dict[str, Any]) -> Path:
     vocab_size = len(found.tensors["model"]["embed.weight"])
     if task.vocab_size != vocab_size:
         raise ConfigError(
-            f"the task needs a vocabulary of {task.vocab_size} and the checkpoint has {vocab_size}; change task.* back"
+            f"the task needs a vocabulary of {task.vocab_size} and the checkpoint has "
+            f"{vocab_size}; change task.* back"
         )
     backend = LocalBackend(config, vocab_size)
     backend.load_model(found.tensors["model"])

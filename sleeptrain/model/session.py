@@ -60,7 +60,10 @@ def feed(model: SleepModel, session: Session, ids: Tensor, num_passes: int) -> t
 
 @torch.no_grad()
 def sleep(model: SleepModel, session: Session, num_passes: int) -> Session:
-    """Passes 2..N over the open window, then forgets it: only what crosses a border stays. ValueError for N < 1."""
+    """Passes 2..N over the open window, then forgets it: only what crosses a border stays.
+
+    Raises ValueError for N < 1.
+    """
     require_passes(num_passes)
     if not session.position_tokens:
         return session

@@ -16,7 +16,8 @@ from sleeptrain.schema import ConfigError
 from sleeptrain.tasks.base import Examples, Floats, Ints, Split, Task
 from sleeptrain.tasks.counter import content_hash, in_split, random_below
 
-_INSTALLED_PACKAGES = {"site-packages", "dist-packages"}
+# Not the standard library's own source: installed packages, and tests, which some distributions leave out.
+_NOT_STDLIB = {"site-packages", "dist-packages", "test", "tests", "idle_test"}
 _LARGEST_LOSS_OF_BYTES = 0.01  # a tokenizer whose tokens stand for fewer bytes would flatter bits per byte
 
 Tokens = npt.NDArray[np.uint16] | npt.NDArray[np.uint32]
@@ -210,7 +211,7 @@ def _find_documents(config: TextConfig) -> dict[Split, list[Document]]:
         raise ConfigError(f"task.folder={config.folder} is no folder; give one with text files, or 'stdlib'")
     suffixes = (".py",) if is_stdlib else config.suffixes
     by_hash: dict[str, Document] = {}
-    for path in _walk(folder, skip=_INSTALLED_PACKAGES if is_stdlib else set()):
+    for path in _walk(folder, skip=_NOT_STDLIB if is_stdlib else set()):
         text = path.read_bytes() if path.name.endswith(suffixes) else b""
         if text:
             sha256 = hashlib.sha256(text).hexdigest()
