@@ -73,7 +73,8 @@ class ModelConfig:
     rope_theta: float = setting(10000.0, "base of the rotary position frequencies")
     norm_eps: float = setting(1e-6, "epsilon of every RMSNorm")
     tie_embeddings: bool = setting(False, "the head reads out with the embedding matrix")
-    init_std: float = setting(0.02, "standard deviation of initial linear and embedding weights")
+    init_std: float = setting(0.02, "standard deviation of initial linear weights")
+    embedding_init_std: float = setting(0.02, "standard deviation of initial embeddings")
 
     @property
     def blocks(self) -> list[BlockSpec]:

@@ -1,9 +1,10 @@
 """Initial weights, all in one place; each depends on the seed and its own name only, not on order, device or
 degree.
 
-Linear and embedding weights N(0, std); norms 1; depthwise convolutions uniform within 1/sqrt(taps); A uniform
-in (0, 16), dt log-uniform in [1e-3, 0.1] (method: paper section 2.2 and Mamba-2). A Jet block starts with
-static kernels: the output weight of its kernel network is 0 and only its bias is drawn.
+Linear weights N(0, init_std), embeddings N(0, embedding_init_std), norms 1; depthwise convolutions uniform
+within 1/sqrt(taps); A uniform in (0, 16), dt log-uniform in [1e-3, 0.1] (method: paper section 2.2 and
+Mamba-2). A Jet block starts with static kernels: the output weight of its kernel network is 0 and only its
+bias is drawn.
 """
 
 import hashlib
@@ -12,15 +13,17 @@ import math
 import torch
 from torch import Tensor, nn
 
+from sleeptrain.config import ModelConfig
 
-def initialise(model: nn.Module, std: float, seed: int) -> None:
+
+def initialise(model: nn.Module, config: ModelConfig, seed: int) -> None:
     """Draws every parameter of ``model`` in place."""
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            parameter.copy_(_draw(name, parameter.shape, std, seed))
+            parameter.copy_(_draw(name, parameter.shape, config, seed))
 
 
-def _draw(name: str, shape: torch.Size, std: float, seed: int) -> Tensor:
+def _draw(name: str, shape: torch.Size, config: ModelConfig, seed: int) -> Tensor:
     digest = hashlib.sha256(f"{seed}/{name}".encode()).digest()
     generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
     kind = name.rsplit(".", 1)[-1]
@@ -40,4 +43,5 @@ def _draw(name: str, shape: torch.Size, std: float, seed: int) -> Tensor:
         return uniform(-bound, bound)
     if name.startswith("initial_memory") or name.endswith("kernel_out.weight"):
         return torch.zeros(shape)
+    std = config.embedding_init_std if name == "embed.weight" else config.init_std
     return torch.empty(shape).normal_(0.0, std, generator=generator)

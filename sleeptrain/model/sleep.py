@@ -166,7 +166,7 @@ class SleepModel(nn.Module):
             starts = enumerate(self.stack.initial_state(1))
             learned = {str(i): nn.Parameter(s.memory[0]) for i, s in starts if s.memory is not None}
             self.initial_memory = nn.ParameterDict(learned)
-        initialise(self, config.init_std, seed)
+        initialise(self, config, seed)
 
     def initial_state(self, num_sequences: int) -> State:
         """The state before a sequence: zero or learned fast weights, nothing else."""
