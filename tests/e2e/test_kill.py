@@ -9,7 +9,7 @@ import pytest
 from e2e_runs import command, compare_runs, environment
 
 pytestmark = pytest.mark.more
-SETTINGS = ["optim.num_steps=60", "checkpoint.every_steps=2", "eval.every_steps=20"]
+SETTINGS = ["optim.num_steps=40", "checkpoint.every_steps=2", "eval.every_steps=20"]
 
 
 @pytest.fixture(scope="module")
@@ -28,7 +28,7 @@ def test_killed_runs_end_like_the_uninterrupted_one(seed: int, reference: Path, 
     assert process.stdout is not None
     process.stdout.readline()  # "run ...": training starts
     if seed % 2:  # in the middle of a save: its temporary folder is there
-        _wait_for_save(folder, after_step=2 * moments.randint(0, 20))
+        _wait_for_save(folder, after_step=2 * moments.randint(0, 15))
     else:
         time.sleep(moments.uniform(0, 2))
     process.kill()

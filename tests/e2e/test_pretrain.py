@@ -76,7 +76,7 @@ def test_refuses_to_resume_with_other_settings(copy: Path, capsys: pytest.Captur
     before = [path.read_bytes() for path in kept]
     assert pretrain(copy, "optim.muon_lr=0.5", "task.steps=3") == 2
     refusal = capsys.readouterr().err
-    assert "optim.muon_lr: saved 0.01, now 0.5" in refusal
+    assert "optim.muon_lr: saved 0.005, now 0.5" in refusal
     assert "task.steps: saved 1, now 3" in refusal
     assert [path.read_bytes() for path in kept] == before
     assert pretrain(copy, "optim.num_steps=26", "run.allow_config_change=true") == 0
