@@ -198,8 +198,8 @@ class SleepModel(nn.Module):
         loss_sum = nll.new_zeros(())
         for i, window in enumerate(windows):
             here = [visit for visit in visits if visit.window == i]
-            if not here:
-                break
+            if not here:  # nobody reads what it would leave
+                continue
             span = slice(window.start, window.stop)
             if batch.reset_state is not None:
                 state = reset(state, batch.reset_state[:, i], self.initial_state(len(batch.ids)))

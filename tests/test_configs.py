@@ -1,0 +1,54 @@
+"""The files of configs/: every experiment and every baseline composes, and trains."""
+
+from pathlib import Path
+
+import pytest
+import yaml
+
+from sleeptrain.config import DepoConfig, Rule110Config, TextConfig
+from sleeptrain.data.stream import TrainStream
+from sleeptrain.parallel.backend import LocalBackend
+from sleeptrain.pretrain import CONFIGS, compose_config
+from sleeptrain.schema import to_dict
+from sleeptrain.tasks import make_task
+
+
+def names(group: str) -> list[str]:
+    return sorted(path.stem for path in (CONFIGS / group).glob("*.yaml"))
+
+
+@pytest.mark.parametrize("experiment", names("experiment"))
+def test_an_experiment_composes_under_its_own_name(experiment: str) -> None:
+    config = compose_config([f"experiment={experiment}"])
+    assert config.run.id == experiment
+    assert Path(config.run.dir) == Path("runs") / experiment
+    assert compose_config([f"experiment={experiment}", "run.id=mine"]).run.dir == "runs/mine"
+
+
+@pytest.mark.parametrize("baseline", names("baseline"))
+def test_a_baseline_takes_a_step_from_its_loss(baseline: str) -> None:
+    settings = [
+        "experiment=quickstart",
+        f"baseline={baseline}",
+        "data.batch_sequences=4",
+        "model.init_std=0.02",
+    ]
+    config = compose_config(settings)
+    task = make_task(config.task)
+    backend = LocalBackend(config, task.vocab_size)
+    before = {name: p.clone() for name, p in backend.state()["model"].items()}
+    batch = TrainStream(task, 0, 4, config.sleep.window_tokens).batch(0)
+    result = backend.forward_backward(batch, config.sleep.num_passes)
+    assert 0.1 < float(result.loss) < 10
+    assert backend.step(1.0, result.loss).applied
+    unchanged = [n for n, p in backend.state()["model"].items() if (p == before[n]).all()]
+    assert not unchanged
+
+
+@pytest.mark.parametrize(
+    ("name", "kind"), [("rule110", Rule110Config), ("depo", DepoConfig), ("text", TextConfig)]
+)
+def test_a_task_file_holds_the_defaults_of_its_dataclass(name: str, kind: type) -> None:
+    """Hydra lets only written keys be changed, so every field has to stand there."""
+    written = yaml.safe_load((CONFIGS / "task" / f"{name}.yaml").read_text())
+    assert written == to_dict(kind())
