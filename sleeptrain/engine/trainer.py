@@ -28,7 +28,12 @@ from sleeptrain.tasks import make_task
 
 # Settings that may change between two starts of a run: they do not touch what it computes.
 FREE_SETTINGS = (
-    *("run.id", "run.dir", "run.device", "run.num_threads", "run.allow_config_change", "dry_run"),
+    "run.id",
+    "run.dir",
+    "run.device",
+    "run.num_threads",
+    "run.allow_config_change",
+    "dry_run",
     "sleep.activation_checkpointing",
 )
 FREE_SECTIONS = ("log.", "checkpoint.", "eval.")
