@@ -64,18 +64,20 @@ class Depo(Task):
 
     def score(self, predictions: Ints, nll: Floats, examples: Examples) -> dict[str, Floats]:
         """``exact_accuracy``: fraction of the queries whose whole answer word is right, given the right
-        tokens before; ``answer_nll``: nats per token with a loss.
+        tokens before; ``answer_nll``: nats per token of the answer words. The loss, as the paper's, also
+        counts the markers, which cost next to nothing.
         """
-        ids, targets, mask = examples.ids, examples.targets, examples.loss_mask
+        ids, targets = examples.ids, examples.targets
+        in_answer = examples.loss_mask & (targets != self.marker)
         is_query_start = (ids > 2 * self.config.vocab_words) & (ids < self.marker)
         query = np.cumsum(is_query_start, axis=1)
-        wrong = mask & (targets != self.marker) & (predictions != targets)
+        wrong = in_answer & (predictions != targets)
         failed = np.zeros((len(ids), self.sequence_tokens + 1), dtype=bool)
         rows, _ = np.nonzero(wrong)
         failed[rows, query[wrong]] = True
         return {
             "exact_accuracy": 1.0 - failed.sum(axis=1) / query[:, -1],
-            "answer_nll": np.where(mask, nll, 0.0).sum(axis=1, dtype=np.float64) / mask.sum(axis=1),
+            "answer_nll": np.where(in_answer, nll, 0.0).sum(axis=1, dtype=np.float64) / in_answer.sum(axis=1),
         }
 
     def _num_nodes(self, seed: int, indices: Ints, split: Split) -> Ints:

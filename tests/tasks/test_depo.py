@@ -183,7 +183,8 @@ def test_score_counts_whole_answers_of_each_query() -> None:
     predictions[1, row1] = 0  # a wrong marker is no wrong answer
     predictions[2, row2[0] + 1] = 0  # the first answer of row 2
     predictions[3] = 0
-    nll = np.where(examples.loss_mask, 2.0, np.nan)
+    in_word = examples.loss_mask & (examples.targets != task.marker)
+    nll = np.where(in_word, 2.0, np.where(examples.loss_mask, 7.0, np.nan))  # a marker's loss does not count
     score = task.score(predictions, nll, examples)
     assert score["exact_accuracy"].tolist() == [1, 1, 0.75, 0]
     assert score["answer_nll"].tolist() == [2, 2, 2, 2]
