@@ -16,6 +16,7 @@ from sleeptrain.data.batch import Batch
 from sleeptrain.data.stream import TrainStream
 from sleeptrain.engine.evaluation import as_row, as_table, evaluate
 from sleeptrain.engine.figures import draw_learning_curve
+from sleeptrain.engine.garbage import collected_between_steps
 from sleeptrain.engine.metrics import FILE_NAME, MetricsWriter, check_wandb, peak_memory_gib, read_metrics
 from sleeptrain.engine.progress import Progress
 from sleeptrain.engine.resilience import EXIT_REQUEUE, RunLock, SkipGuard, StopSignal, cut_metrics
@@ -79,6 +80,23 @@ class Trainer:
         progress = Progress(num_steps, self.step)
         progress.line(f"run {config.run.id}: step {self.step} of {num_steps} in {self.folder}")
         try:
+            self._loop(stop, metrics, progress)
+            if self.step > self.saved_step:
+                self._save(metrics, progress)
+        finally:
+            progress.close()
+            metrics.close()
+        if self.step < num_steps:
+            print(f"stopped by {stop.requested}; step {self.step} is saved, and the same command goes on")
+            return EXIT_REQUEUE
+        for path in draw_learning_curve(read_metrics(self.folder), self.folder / "figures", config.run.id):
+            print(f"wrote {path}")
+        return 0
+
+    def _loop(self, stop: StopSignal, metrics: MetricsWriter, progress: Progress) -> None:
+        """Steps until the last one is made or a stop is asked for."""
+        config, num_steps = self.config, self.config.optim.num_steps
+        with collected_between_steps() as collect:
             while self.step < num_steps and not stop.requested:
                 trace = self.train_step()
                 figures = None
@@ -91,17 +109,7 @@ class Trainer:
                     self._evaluate(metrics, progress)
                 if _due(self.step, config.checkpoint.every_steps) or self.step == num_steps:
                     self._save(metrics, progress)
-            if self.step > self.saved_step:
-                self._save(metrics, progress)
-        finally:
-            progress.close()
-            metrics.close()
-        if self.step < num_steps:
-            print(f"stopped by {stop.requested}; step {self.step} is saved, and the same command goes on")
-            return EXIT_REQUEUE
-        for path in draw_learning_curve(read_metrics(self.folder), self.folder / "figures", config.run.id):
-            print(f"wrote {path}")
-        return 0
+                collect(self.step)
 
     def train_step(self) -> list[PassTrace]:
         """One optimizer step; returns the norms of S by pass on steps whose row is due."""

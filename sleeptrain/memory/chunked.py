@@ -17,6 +17,7 @@ the rest, which saves the bookkeeping of automatic differentiation over many sma
 Shape letters: N chunks, H batch x heads, C tokens of a chunk, K key size, V value size.
 """
 
+import math
 from typing import Any, NamedTuple
 
 import torch
@@ -82,20 +83,23 @@ class _ChunkedRule(torch.autograd.Function):
         if erases:
             kk_NHCC = torch.matmul(k_NHCK, k_NHCK.mT).mul_(decay.pair)
             right = torch.cat([u_NHCV, (b_NHC1 * decay.from_start) * k_NHCK], dim=-1)
-            uw = torch.linalg.solve_triangular(b_NHC1 * kk_NHCC, right, upper=False, unitriangular=True)
+            uw = _solve(b_NHC1 * kk_NHCC, right)
             factors = [kk_NHCC, uw]
             u_NHCV, w_NHCK = uw[..., :value_dim], uw[..., value_dim:]
 
         k_end_NHCK = k_NHCK * decay.to_end
-        written_NHCV = torch.empty_like(v_NHCV)
+        num_chunks = len(v_NHCV)
+        written_NHCV = torch.empty_like(v_NHCV) if erases else u_NHCV
         state_HKV = state.reshape(-1, *state.shape[2:])
-        states_NHKV = v.new_empty(len(v_NHCV), *state_HKV.shape)
-        whole_N11 = decay.whole.expand(len(v_NHCV), -1)[..., None, None]
-        for n in range(len(v_NHCV)):
-            states_NHKV[n] = state_HKV
-            y = torch.baddbmm(u_NHCV[n], w_NHCK[n], state_HKV, alpha=-1) if erases else u_NHCV[n]
-            written_NHCV[n] = y
-            state_HKV = torch.baddbmm(whole_N11[n] * state_HKV, k_end_NHCK[n].mT, y)
+        states_NHKV = v.new_empty(num_chunks, *state_HKV.shape)
+        states_NHKV[0] = state_HKV
+        last_HKV = torch.empty_like(states_NHKV[0])  # its own storage: it outlives the others
+        whole_NH11 = decay.whole.expand(num_chunks, -1)[..., None, None]
+        for n in range(num_chunks):
+            before, after = states_NHKV[n], states_NHKV[n + 1] if n + 1 < num_chunks else last_HKV
+            if erases:
+                torch.baddbmm(u_NHCV[n], w_NHCK[n], before, alpha=-1, out=written_NHCV[n])
+            torch.mul(whole_NH11[n], before, out=after).baddbmm_(k_end_NHCK[n].mT, written_NHCV[n])
 
         out, q_NHCK, qk_NHCC = None, None, None
         if q is not None:
@@ -109,7 +113,7 @@ class _ChunkedRule(torch.autograd.Function):
         ctx.sizes, ctx.rule = (num_batch, num_tokens, groups), rule
         chunks = (q_NHCK, k_NHCK, v_NHCV, b_NHC1, written_NHCV, states_NHKV, qk_NHCC)
         ctx.save_for_backward(*decay, *chunks, *factors)  # all of it: activation checkpointing drops these
-        return out, state_HKV.reshape(state.shape)
+        return out, last_HKV.reshape(state.shape)
 
     @staticmethod
     @once_differentiable
@@ -161,7 +165,7 @@ class _ChunkedRule(torch.autograd.Function):
         if erases:
             kk, uw = factors
             d_uw = torch.cat([d_written, torch.matmul(d_written, states.mT).neg_()], dim=-1)
-            d_right = torch.linalg.solve_triangular((b * kk).mT, d_uw, upper=True, unitriangular=True)
+            d_right = _solve_transposed(b * kk, d_uw)
             d_kk = torch.matmul(d_right, uw.mT).neg_().tril_(-1)
             dv, dk_start = d_right[..., :value_dim], d_right[..., value_dim:]
             d_by_key = _dot(dk_start, k)[..., None] * decay.from_start
@@ -201,16 +205,34 @@ class _Decay(NamedTuple):
 def _decay(log_decay_NHC: Tensor) -> _Decay:
     """Running sums in float64: their differences must survive log decays of -60 next to 0 in the same
     chunk."""
-    dtype, length = log_decay_NHC.dtype, log_decay_NHC.shape[-1]
+    dtype = log_decay_NHC.dtype
     total = log_decay_NHC.double().cumsum(-1)
-    upper = torch.ones(length, length, dtype=torch.bool, device=total.device).triu_(1)
     between = (total[..., :, None] - total[..., None, :]).to(dtype)
     return _Decay(
-        pair=between.masked_fill_(upper, -torch.inf).exp_(),
-        from_start=total.to(dtype).exp()[..., None],
-        to_end=(total[..., -1:] - total).to(dtype).exp()[..., None],
-        whole=total[..., -1].to(dtype).exp(),
+        pair=_exp(between).tril_(),
+        from_start=_exp(total.to(dtype))[..., None],
+        to_end=_exp((total[..., -1:] - total).to(dtype))[..., None],
+        whole=_exp(total[..., -1].to(dtype)),
     )
+
+
+def _exp(logs: Tensor) -> Tensor:
+    """Decays from their logs. Positive logs count as 0, and decays next to the smallest normal number (below
+    1e-30 in float32) as none, since denormal numbers slow a CPU's products down many times."""
+    smallest = torch.finfo(logs.dtype).tiny ** 0.8
+    decays = logs.clamp(math.log(smallest), 0.0).exp_()
+    return torch.nn.functional.threshold(decays, 1.001 * smallest, 0.0, inplace=True)
+
+
+def _solve(lower: Tensor, right: Tensor) -> Tensor:
+    """X with ``lower`` X = ``right``, ``lower`` unit triangular. Transposed, both have the layout of LAPACK:
+    half the time."""
+    return torch.linalg.solve_triangular(lower.mT, right.mT, upper=True, left=False, unitriangular=True).mT
+
+
+def _solve_transposed(lower: Tensor, right: Tensor) -> Tensor:
+    """X with ``lower``^T X = ``right``."""
+    return torch.linalg.solve_triangular(lower, right.mT, upper=False, left=False, unitriangular=True).mT
 
 
 def _to_chunks(x: Tensor, length: int, groups: int = 1) -> Tensor:

@@ -65,15 +65,14 @@ class FastWeight(nn.Module):
     ) -> tuple[Tensor | None, Tensor, Tensor, Tensor | None]:
         raise NotImplementedError
 
-    def _as_keys(self, x_BTC: Tensor) -> Tensor:
-        """Heads of unit length, in at least float32."""
+    def _as_keys(self, x_BTC: Tensor, length: float = 1.0) -> Tensor:
+        """Heads of this length, in at least float32."""
         x = x_BTC.unflatten(-1, (-1, self.key_dim)).to(memory.state_dtype(x_BTC.dtype))
-        return x * torch.rsqrt(x.square().sum(-1, keepdim=True) + 1e-6)
+        return x * (torch.rsqrt(x.square().sum(-1, keepdim=True) + 1e-6) * length)
 
-    def _as_queries_and_keys(self, x_BTC: Tensor) -> tuple[Tensor, Tensor]:
-        """Queries and keys from their joint channels; queries are also scaled by d_k^-1/2."""
-        q, k = self._as_keys(x_BTC).chunk(2, dim=2)
-        return q * self.key_dim**-0.5, k
+    def _as_queries(self, x_BTC: Tensor) -> Tensor:
+        """As keys, scaled by d_k^-1/2."""
+        return self._as_keys(x_BTC, self.key_dim**-0.5)
 
     def _as_values(self, x_BTC: Tensor) -> Tensor:
         return x_BTC.unflatten(-1, (-1, self.value_dim))
@@ -110,19 +109,18 @@ class GDN(FastWeight):
         projections = [(self.k_proj, self.k_conv), (self.v_proj, self.v_conv)]
         if with_queries:
             projections.insert(0, (self.q_proj, self.q_conv))
-        channels = torch.cat([linear(x_BTD) for linear, _ in projections], dim=-1)
-        channels = _without_pads(channels, tokens.valid)
-        if tail is not None:
-            tail = tail[..., -channels.shape[-1] :]
-        mixed = F.silu(causal_convolution(channels, torch.cat([kernel for _, kernel in projections]), tail))
-        new_tail = (
-            convolution_tail(channels, tail, tokens.valid, self.conv_width) if tokens.keeps_tail else None
-        )
-        num_values = len(self.v_conv)
-        v = self._as_values(mixed[..., -num_values:])
-        if not with_queries:
-            return None, self._as_keys(mixed[..., :-num_values]), v, new_tail
-        return *self._as_queries_and_keys(mixed[..., :-num_values]), v, new_tail
+        sizes = [len(kernels) for _, kernels in projections]
+        # A tail holds the channels of queries, keys and values; where no query is asked for, it lacks theirs.
+        tails = [None] * len(sizes) if tail is None else tail[..., -sum(sizes) :].split(sizes, dim=-1)
+        mixed, new_tails = [], []
+        for (linear, kernels), old in zip(projections, tails):
+            channels = _without_pads(linear(x_BTD), tokens.valid)
+            mixed.append(F.silu(causal_convolution(channels, kernels, old)))
+            if tokens.keeps_tail:
+                new_tails.append(convolution_tail(channels, old, tokens.valid, self.conv_width))
+        new_tail = torch.cat(new_tails, dim=-1) if new_tails else None
+        q = self._as_queries(mixed[0]) if with_queries else None
+        return q, self._as_keys(mixed[-2]), self._as_values(mixed[-1]), new_tail
 
 
 class Jet(FastWeight):
@@ -143,10 +141,8 @@ class Jet(FastWeight):
         new_tail = (
             convolution_tail(channels, tail, tokens.valid, self.conv_width) if tokens.keeps_tail else None
         )
-        if not with_queries:
-            return None, self._as_keys(F.silu(self.k_proj(x_BTD))), self._as_values(v), new_tail
-        joint = F.silu(torch.cat([self.q_proj(x_BTD), self.k_proj(x_BTD)], dim=-1))
-        return *self._as_queries_and_keys(joint), self._as_values(v), new_tail
+        q = self._as_queries(F.silu(self.q_proj(x_BTD))) if with_queries else None
+        return q, self._as_keys(F.silu(self.k_proj(x_BTD))), self._as_values(v), new_tail
 
 
 def _without_pads(x_BTC: Tensor, valid: Tensor | None) -> Tensor:

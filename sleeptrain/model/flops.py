@@ -161,8 +161,8 @@ def activation_bytes(
     """Most bytes that one sequence holds for its backward pass, the logits included.
 
     All activations of all visits; or, checkpointed ``per_pass``, the h and fast weights that each visit
-    starts from and the activations of the one visit whose backward pass is running. A visit that no gradient
-    reaches holds nothing.
+    starts from and the activations of the visits kept at the end, or of the one that is being recomputed. A
+    visit that no gradient reaches holds nothing.
     """
     learning = [v for v, learns in zip(visits, _learning(sleep, windows, visits)) if learns]
     heads = sum(
@@ -173,8 +173,9 @@ def activation_bytes(
     of_visits = [_visit_activations(config, sleep, windows[v.window], v) for v in learning]
     if not per_pass:
         return FLOAT32_BYTES * (heads + sum(of_visits))
-    inputs = sum(_visit_inputs(config, windows[v.window], v) for v in learning if not v.is_last)
-    return FLOAT32_BYTES * (heads + inputs + max(of_visits, default=0))
+    inputs = sum(_visit_inputs(config, windows[v.window], v) for v in learning if not v.is_kept)
+    kept = sum(size for v, size in zip(learning, of_visits) if v.is_kept)
+    return FLOAT32_BYTES * (heads + inputs + max(kept, *of_visits, 0))
 
 
 def peak_flops(device_name: str) -> float | None:
@@ -330,7 +331,7 @@ def _recomputed_flops(config: ModelConfig, sleep: SleepConfig, window: Window, v
     if mode in ("block", "both"):
         again = [step for step in steps if step[1]]
         num_stops = len(again)
-    if mode in ("pass", "both") and not visit.is_last:
+    if mode in ("pass", "both") and not visit.is_kept:
         again += steps[:-1] if mode == "both" and visit.is_read else steps
         num_stops += mode == "pass" and visit.is_read
     stopped = 2.0 * (window.stop - window.start) * config.d_model * config.mlp_hidden * num_stops

@@ -3,6 +3,7 @@
 Shape letters: B batch, T tokens, D model width, H heads, C channels, W convolution taps.
 """
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -58,39 +59,54 @@ def causal_convolution(x_BTC: Tensor, kernels: Tensor, tail: Tensor | None) -> T
     ``kernels`` is ``[C, W]``, or ``[B, T, C, W]`` where every token has its own (Jet block). ``tail`` ``[B,
     W-1, C]`` holds the inputs before the first token; None: zeros.
     """
-    if tail is None:
-        padded = F.pad(x_BTC, (0, 0, kernels.shape[-1] - 1, 0))
-    else:
-        padded = torch.cat([tail.to(x_BTC.dtype), x_BTC], dim=1)
-    dtype = torch.promote_types(padded.dtype, kernels.dtype)
-    return _TapSum.apply(padded.to(dtype), kernels.to(dtype))
+    x = x_BTC if tail is None else torch.cat([tail.to(x_BTC.dtype), x_BTC], dim=1)
+    dtype = torch.promote_types(x.dtype, kernels.dtype)
+    return _TapSum.apply(x.to(dtype), kernels.to(dtype), x_BTC.shape[1])
 
 
 class _TapSum(torch.autograd.Function):
-    """The sum over taps; its own backward adds into one buffer instead of one padded tensor per tap."""
+    """The sum over taps for the last ``num_tokens`` inputs; before the first input there are zeros, which are
+    neither stored nor multiplied. Its own backward adds into one buffer instead of one tensor per tap."""
 
     @staticmethod
-    def forward(ctx: Any, padded: Tensor, kernels: Tensor) -> Tensor:
-        ctx.save_for_backward(padded, kernels)
-        num_tokens = padded.shape[1] - kernels.shape[-1] + 1
-        out = padded[:, :num_tokens] * kernels[..., 0]
-        for w in range(1, kernels.shape[-1]):
-            out.addcmul_(padded[:, w : w + num_tokens], kernels[..., w])
+    def forward(ctx: Any, x: Tensor, kernels: Tensor, num_tokens: int) -> Tensor:
+        ctx.save_for_backward(x, kernels)
+        ctx.num_tokens = num_tokens
+        out = x[:, x.shape[1] - num_tokens :] * kernels[..., -1]
+        for w, tokens, inputs in _earlier_taps(x.shape[1], num_tokens, kernels.shape[-1]):
+            out[:, tokens].addcmul_(x[:, inputs], _kernels_of(kernels, tokens)[..., w])
         return out
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, d_out: Tensor) -> tuple[Tensor, Tensor]:
-        padded, kernels = ctx.saved_tensors
-        num_tokens = d_out.shape[1]
-        d_padded, by_tap = torch.zeros_like(padded), []
-        for w in range(kernels.shape[-1]):
-            taps = slice(w, w + num_tokens)
-            d_padded[:, taps].addcmul_(d_out, kernels[..., w])
-            by_tap.append(d_out * padded[:, taps])
-        if kernels.dim() == 2:
-            by_tap = [d_tap.sum((0, 1)) for d_tap in by_tap]
-        return d_padded, torch.stack(by_tap, dim=-1)
+    def backward(ctx: Any, d_out: Tensor) -> tuple[Tensor, Tensor, None]:
+        (x, kernels), num_tokens = ctx.saved_tensors, ctx.num_tokens
+        newest = slice(x.shape[1] - num_tokens, None)
+        d_x, d_kernels = torch.zeros_like(x), torch.zeros_like(kernels)
+        d_x[:, newest] = d_out * kernels[..., -1]
+        d_kernels[..., -1] = _over_tokens(d_out * x[:, newest], kernels)
+        for w, tokens, inputs in _earlier_taps(x.shape[1], num_tokens, kernels.shape[-1]):
+            d_part = d_out[:, tokens]
+            d_x[:, inputs].addcmul_(d_part, _kernels_of(kernels, tokens)[..., w])
+            _kernels_of(d_kernels, tokens)[..., w] = _over_tokens(d_part * x[:, inputs], kernels)
+        return d_x, d_kernels, None
+
+
+def _earlier_taps(num_inputs: int, num_tokens: int, num_taps: int) -> Iterator[tuple[int, slice, slice]]:
+    """For each tap but the newest: its index, the tokens that it reaches an input from, and those inputs."""
+    for back in range(1, min(num_taps, num_inputs)):
+        count = min(num_tokens, num_inputs - back)
+        inputs = slice(num_inputs - back - count, num_inputs - back)
+        yield num_taps - 1 - back, slice(num_tokens - count, num_tokens), inputs
+
+
+def _kernels_of(kernels: Tensor, tokens: slice) -> Tensor:
+    return kernels if kernels.dim() == 2 else kernels[:, tokens]
+
+
+def _over_tokens(d_tap: Tensor, kernels: Tensor) -> Tensor:
+    """The gradient of a static kernel is a sum over tokens; a token's own kernel has its own."""
+    return d_tap.sum((0, 1)) if kernels.dim() == 2 else d_tap
 
 
 def convolution_tail(x_BTC: Tensor, tail: Tensor | None, valid: Tensor | None, num_taps: int) -> Tensor:

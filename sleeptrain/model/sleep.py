@@ -37,14 +37,14 @@ class Window(NamedTuple):
 
 class Visit(NamedTuple):
     """One trip of a window through a segment. ``has_loss``: the head reads the result; ``is_read``: somebody
-    does; ``is_last``: it is the last one of its sequence."""
+    does; ``is_kept``: checkpointing per pass leaves its activations in memory."""
 
     window: int
     pass_number: int
     segment: Segment
     has_loss: bool
     is_read: bool
-    is_last: bool = False
+    is_kept: bool = False
 
 
 class Batch(Protocol):
@@ -116,7 +116,20 @@ def plan(
         order = _passes(window, num_passes if i < last_with_loss else 1, sleep.schedule)
         steps = [(n, name) for n, name in order if name in segments]
         visits += _without_dead(i, steps, window.has_loss, segments, config, sleep.eviction == "sliding")
-    return visits[:-1] + [visit._replace(is_last=True) for visit in visits[-1:]]
+    return _with_kept(visits, windows, segments)
+
+
+def _with_kept(visits: list[Visit], windows: Sequence[Window], segments: dict[Segment, range]) -> list[Visit]:
+    """Marks the visits at the end: as many as hold together at most 1.5 times what the longest visit holds.
+
+    Their backward pass comes before any visit is recomputed, so keeping them hardly raises the peak.
+    """
+    sizes = [(windows[v.window].stop - windows[v.window].start) * len(segments[v.segment]) for v in visits]
+    room, marked = 1.5 * max(sizes, default=0), []
+    for visit, size in zip(reversed(visits), reversed(sizes)):
+        room -= size
+        marked.append(visit._replace(is_kept=room >= 0))
+    return marked[::-1]
 
 
 def _passes(window: Window, num_passes: int, schedule: str) -> list[tuple[int, Segment]]:
@@ -276,8 +289,7 @@ class SleepModel(nn.Module):
                 return self.stack(h, state, tokens, blocks, per_block)
             return h, self.stack.write(h, state, tokens, blocks, per_block)
 
-        # A sequence's last visit is not worth it: its backward pass comes next.
-        if mode in ("pass", "both") and torch.is_grad_enabled() and not visit.is_last:
+        if mode in ("pass", "both") and torch.is_grad_enabled() and not visit.is_kept:
             return checkpoint(run, h, state, use_reentrant=False, preserve_rng_state=False)
         return run(h, state)
 

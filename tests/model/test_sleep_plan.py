@@ -1,5 +1,7 @@
 """The plan of visits: which are run, in which order, and which nobody would read."""
 
+from itertools import pairwise
+
 import pytest
 
 from sleeptrain.config import ModelConfig, SleepConfig
@@ -12,7 +14,6 @@ def visits(
     """Visits as ``window.pass segment``, then ``loss``, or ``write`` where only the state is kept."""
     windows = [Window(i, i + 1, bool(loss)) for i, loss in enumerate(losses)]
     found = plan(windows, num_passes, ModelConfig(pattern=pattern, **model), SleepConfig(**sleep or {}))
-    assert [v.is_last for v in found] == [False] * (len(found) - 1) + [True] * bool(found)
     if found:
         assert found[-1].has_loss
     return [
@@ -40,7 +41,8 @@ def test_plan_of_the_automaton_and_of_depo(sequence: int, length: int) -> None:
     windows = cut(sequence, length, [False] * 4 + [True])
     found = plan(windows, 3, ModelConfig(pattern="attn gdn attn gdn"), SleepConfig(window_tokens=length))
     sleeping = [Visit(w, n, "core", False, n < 3) for w in range(4) for n in (1, 2, 3)]
-    assert found == [*sleeping, Visit(4, 1, "core", True, True, is_last=True)]
+    last = Visit(4, 1, "core", True, True)
+    assert [visit._replace(is_kept=False) for visit in found] == [*sleeping, last]
 
 
 def test_order_of_both_schedules() -> None:
@@ -99,3 +101,27 @@ def test_a_core_without_state_is_run_only_for_who_reads_it() -> None:
         "1.1 core loss",
     ]
     assert visits([0, 1], "attn attn", 1) == ["1.1 core loss"]
+
+
+@pytest.mark.parametrize(
+    ("lengths", "num_kept"),
+    [((24, 24, 4), 2), ((24, 24, 12), 2), ((24, 24, 13), 1), ((24, 24), 1), ((4, 4, 4), 1), ((24,), 1)],
+)
+def test_the_visits_kept_at_the_end_have_the_activations_of_one_window_and_a_half(
+    lengths: tuple[int, ...], num_kept: int
+) -> None:
+    borders = [sum(lengths[:i]) for i in range(len(lengths) + 1)]
+    windows = [Window(*pair, pair[1] == borders[-1]) for pair in pairwise(borders)]
+    found = plan(windows, 3, ModelConfig(pattern="attn gdn"), SleepConfig())
+    assert [v.is_kept for v in found] == [False] * (len(found) - num_kept) + [True] * num_kept
+
+
+def test_a_visit_counts_by_its_blocks_too() -> None:
+    windows = [Window(0, 8, False), Window(8, 10, True)]
+    found = plan(windows, 1, ModelConfig(pattern="attn gdn gdn gdn", prelude_blocks=1), SleepConfig())
+    assert [(v.segment, v.is_kept) for v in found] == [
+        ("prelude", False),  # with it 8 + 24 + 2 + 6 = 40 tokens x blocks, more than 1.5 x 24
+        ("core", True),
+        ("prelude", True),
+        ("core", True),
+    ]
