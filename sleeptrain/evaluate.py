@@ -118,6 +118,9 @@ def run(settings: EvaluateConfig, task_changes: dict[str, Any]) -> Path:
     )
     print(f"{found.path}, {settings.split} split, {results[0].num_examples} examples per difficulty\n")
     print(as_table(results, task.difficulty_name))
+    marks = task.marks(settings.split)
+    for name, value in marks.items():
+        print(f"to beat: {name} {value:.4f}\n")
     run_folder = found.path.parent.parent
     path = (
         Path(settings.output)
@@ -131,6 +134,7 @@ def run(settings: EvaluateConfig, task_changes: dict[str, Any]) -> Path:
         "split": settings.split,
         "task": saved["task"],
         "trained_num_passes": config.sleep.num_passes,
+        "marks": marks,
         "results": [r._asdict() for r in results],
     }
     replace_file(path, json.dumps(document, indent=2).encode())

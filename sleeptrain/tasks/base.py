@@ -73,6 +73,10 @@ class Task(ABC):
         """Examples that ``split`` holds before they repeat; None: it does not end."""
         return None
 
+    def marks(self, split: Split) -> dict[str, float]:
+        """Known figures that a model should beat on a split, by name; none by default."""
+        return {}
+
     def fingerprint(self) -> dict[str, str | int]:
         """What the data is, as plain values; a resumed run must find the same.
 

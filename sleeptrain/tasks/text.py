@@ -147,10 +147,11 @@ class Text(Task):
             "tokenizer": self._tokenizer.sha256 or self.config.tokenizer,
         }
 
-    def gzip_bits_per_byte(self, split: Split) -> float:
-        """What ``gzip -9`` needs for the files of a split, each on its own: the mark for a model to beat."""
+    def marks(self, split: Split) -> dict[str, float]:
+        """What ``gzip -9`` needs for the files of a split, each on its own."""
         texts = [d.path.read_bytes() for d in self._documents[split]]
-        return 8 * sum(len(gzip.compress(text, 9)) for text in texts) / sum(map(len, texts))
+        compressed_bits = 8 * sum(len(gzip.compress(text, 9)) for text in texts)
+        return {"bits_per_byte of gzip -9": compressed_bits / sum(map(len, texts))}
 
     def tokens(self, split: Split) -> Tokens:
         """All tokens of a split, read at the first call.

@@ -163,6 +163,20 @@ def test_an_empty_text_folder_is_refused(tmp_path: Path, capsys) -> None:
     assert "task.folder" in capsys.readouterr().err
 
 
+def test_text_is_scored_beside_gzip(tmp_path: Path, capsys) -> None:
+    texts = tmp_path / "texts"
+    texts.mkdir()
+    for i in range(40):
+        (texts / f"{i}.txt").write_text(f"{i} is a number, and {i + 1} comes after it. " * 4)
+    small = [*("model.d_model=16", "model.num_heads=2", "model.memory_heads=2"), "data.batch_sequences=2"]
+    text = [f"task.folder={texts}", "task.sequence_tokens=32", "sleep.window_tokens=8", "optim.num_steps=1"]
+    assert main(["experiment=text_small", f"run.dir={tmp_path / 'run'}", *small, *text]) == 0
+    assert evaluate([f"checkpoint={tmp_path / 'run'}", "num_examples=4"]) == 0
+    assert "to beat: bits_per_byte of gzip -9 " in capsys.readouterr().out
+    document = json.loads((tmp_path / "run" / "eval" / "step_00000001_test.json").read_text())
+    assert 0 < document["marks"]["bits_per_byte of gzip -9"] < 8
+
+
 def test_wandb_offline_keeps_the_same_rows(finished: Path, tmp_path: Path) -> None:
     assert pretrain(tmp_path / "run", "log.wandb=offline") == 0
     assert list((tmp_path / "run" / "wandb").glob("offline-run-*"))

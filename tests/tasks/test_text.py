@@ -110,7 +110,7 @@ def test_gzip_is_measured_file_by_file(folder) -> None:
     task = make(folder)
     texts = documents(task.tokens("test"))
     expected = 8 * sum(len(gzip.compress(t, 9)) for t in texts) / sum(map(len, texts))
-    assert task.gzip_bits_per_byte("test") == pytest.approx(expected)
+    assert task.marks("test") == {"bits_per_byte of gzip -9": pytest.approx(expected)}
 
 
 def test_fingerprint_follows_the_content_alone(folder, tmp_path_factory) -> None:
