@@ -4,7 +4,7 @@
 of its own (finished ones are skipped, so the same command goes on), scores it on held-out and on training
 strings, and writes ``results.json``, ``table.md`` and ``accuracy.svg``. Equal FLOPs: N = 1 is also trained
 R(N) times as long, on its own learning-rate schedule. R(N) is the ratio of training FLOPs by
-``sleeptrain.model.flops``.
+``sleeptrain.model.flops``. A gain is the difference between two runs of one seed: N passes less N = 1.
 """
 
 import argparse
@@ -131,20 +131,36 @@ def score(run: Run, shared: list[str], out: Path) -> dict[str, float]:
 
 
 def as_table(results: list[dict]) -> str:
-    """Mean and standard deviation over seeds, equal steps and equal FLOPs side by side."""
+    """Mean and standard deviation over seeds, for held-out strings and then for training strings; gains with
+    their standard error and the number of seeds in which N passes were ahead."""
 
-    def cell(split: str, num_passes: int, matches: int) -> str:
-        values = [r[split] for r in results if (r["num_passes"], r["matches"]) == (num_passes, matches)]
-        return f"{statistics.mean(values):.3f} ± {statistics.stdev(values) if len(values) > 1 else 0:.3f}"
+    def by_seed(split: str, num_passes: int, matches: int) -> list[float]:
+        chosen = [r for r in results if (r["num_passes"], r["matches"]) == (num_passes, matches)]
+        return [r[split] for r in sorted(chosen, key=lambda r: r["seed"])]
 
-    lines = [
-        "| N | held out: N passes | N = 1, FLOPs of N | training strings: N passes | N = 1, FLOPs of N |",
-        "|---|---|---|---|---|",
-    ]
-    for n in sorted({r["matches"] for r in results}):
-        cells = [cell(split, k, n) for split in ("test", "train") for k in (n, 1)]
-        lines.append(f"| {n} | {' | '.join(cells)} |")
-    return "\n".join(lines) + "\n"
+    lines = []
+    for split, name in (("test", "held out"), ("train", "training strings")):
+        lines += [
+            f"| {name}: N | N passes | N = 1, equal steps: gain | N = 1, equal FLOPs | gain |",
+            "|---|---|---|---|---|",
+        ]
+        for n in sorted({r["matches"] for r in results}):
+            asleep, short, long = by_seed(split, n, n), by_seed(split, 1, 1), by_seed(split, 1, n)
+            cells = [_spread(asleep), _gain(asleep, short), _spread(long), _gain(asleep, long)]
+            lines.append(f"| {n} | {' | '.join(cells if n > 1 else [cells[0], '', '', ''])} |")
+        lines.append("")
+    return "\n".join(lines)
+
+
+def _spread(values: list[float]) -> str:
+    return f"{statistics.mean(values):.3f} ± {statistics.stdev(values) if len(values) > 1 else 0:.3f}"
+
+
+def _gain(asleep: list[float], awake: list[float]) -> str:
+    gains = [a - b for a, b in zip(asleep, awake, strict=True)]
+    error = statistics.stdev(gains) / len(gains) ** 0.5 if len(gains) > 1 else 0.0
+    wins = sum(gain > 0 for gain in gains)
+    return f"{statistics.mean(gains):+.3f} ± {error:.3f}, {wins} of {len(gains)}"
 
 
 def draw(results: list[dict], path: Path, title: str) -> None:
