@@ -57,11 +57,8 @@ def main() -> None:
     (args.out / "results.json").write_text(json.dumps(results, indent=1))
     table = as_table(results)
     (args.out / "table.md").write_text(table)
-    draw(
-        results,
-        args.out / "accuracy.svg",
-        f"Rule 110, {args.strings} strings of {args.width} bits, t = {args.steps_automaton}",
-    )
+    problem = f"Rule 110, {args.strings} strings of {args.width} bits, t = {args.steps_automaton}"
+    draw(results, args.out / "accuracy.svg", f"{problem}; {args.steps} steps", chance=0.5**args.strings)
     print(table)
 
 
@@ -163,13 +160,14 @@ def _gain(asleep: list[float], awake: list[float]) -> str:
     return f"{statistics.mean(gains):+.3f} ± {error:.3f}, {wins} of {len(gains)}"
 
 
-def draw(results: list[dict], path: Path, title: str) -> None:
+def draw(results: list[dict], path: Path, title: str, chance: float) -> None:
     """Exact accuracy against N, every seed a dot, their mean a line; held out left, training right."""
     figure, axes = plt.subplots(1, 2, figsize=(9, 3.6), sharey=True, layout="constrained")
     for axis, split, name in zip(axes, ("test", "train"), ("held-out strings", "training strings")):
-        for asleep, label in (
-            (True, "N passes, equal steps"),
-            (False, "N = 1, trained longer: the FLOPs of N"),
+        axis.axhline(chance, color="grey", linestyle=":", linewidth=1, label="guessing")
+        for asleep, label, shift in (
+            (True, "N passes, equal steps", -0.03),
+            (False, "N = 1, trained longer: the FLOPs of N", 0.03),
         ):
             chosen = [r for r in results if (r["num_passes"] == r["matches"]) == asleep or r["matches"] == 1]
             points = {
@@ -178,7 +176,7 @@ def draw(results: list[dict], path: Path, title: str) -> None:
             }
             (line,) = axis.plot(list(points), [statistics.mean(v) for v in points.values()], label=label)
             for n, values in points.items():
-                axis.plot([n] * len(values), values, ".", color=line.get_color(), alpha=0.5)
+                axis.plot([n + shift] * len(values), values, ".", color=line.get_color(), alpha=0.5)
         axis.set_xlabel("N, passes over a window")
         axis.set_xticks(sorted({r["matches"] for r in results}))
         axis.set_title(name)
