@@ -213,8 +213,12 @@ class Rule110Config:
     rule_number: int = setting(110, "Wolfram number of the automaton, 0..255")
 
     @property
+    def context_tokens(self) -> int:
+        return self.num_strings * self.width
+
+    @property
     def sequence_tokens(self) -> int:
-        return self.num_strings * (self.width + 1)
+        return self.context_tokens + self.num_strings
 
     def __post_init__(self) -> None:
         _require_positive("task", self, ("num_strings", "steps"))
@@ -412,6 +416,7 @@ class Config:
                 f"sleep.window_tokens={self.sleep.window_tokens} is longer than the task's sequence of "
                 f"{self.task.sequence_tokens} tokens; use at most that, or 0 for one single window"
             )
+        self._check_answer_window()
         most_passes = max((self.sleep.num_passes, *self.eval.num_passes))
         if most_passes > 1 and not any(block.is_fast_weight for block in self.model.core_blocks):
             raise ConfigError(
@@ -421,6 +426,21 @@ class Config:
             )
         if self.sleep.learned_initial_state and not any(block.is_fast_weight for block in self.model.blocks):
             raise ConfigError("sleep.learned_initial_state=true needs a gdn or jet block in model.pattern")
+
+    def _check_answer_window(self) -> None:
+        """The answers of a synthetic task have the last window to themselves."""
+        length, task = self.sleep.window_tokens, self.task
+        if not length or isinstance(task, TextConfig):
+            return
+        context, answers = task.context_tokens, task.sequence_tokens - task.context_tokens
+        if context % length or answers > length:
+            fitting = [n for n in range(answers, context + 1) if context % n == 0]
+            nearest = min(fitting, key=lambda n: abs(n - length), default=0)
+            raise ConfigError(
+                f"sleep.window_tokens={length} does not fit task {task.name}: {context} tokens to read, then "
+                f"{answers} to answer in a window of their own; use sleep.window_tokens={nearest} or another "
+                f"divisor of {context} from {answers} up"
+            )
 
 
 def _require_positive(section: str, config: object, names: tuple[str, ...]) -> None:

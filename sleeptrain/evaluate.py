@@ -33,7 +33,9 @@ class EvaluateConfig:
     split: Literal["validation", "test", "train"] = setting("test", "which examples, split by content")
     num_passes: tuple[int, ...] = setting((), "list of N; empty: the training N")
     difficulties: tuple[int, ...] = setting((), "list of difficulties; empty: the task's own")
-    num_examples: int = setting(2048, "examples per difficulty")
+    num_examples: int | None = setting(
+        None, "examples per difficulty; null: the whole split where it ends (text), else 2048"
+    )
     batch_sequences: int = setting(256, "sequences evaluated at once")
     device: Literal["auto", "cpu", "cuda"] = setting("auto", "auto: cuda if there is one")
     output: str = setting("", "JSON file; empty: eval/ in the run folder")
@@ -41,9 +43,9 @@ class EvaluateConfig:
     def __post_init__(self) -> None:
         if not self.checkpoint:
             raise ConfigError("checkpoint is not given; write checkpoint=runs/NAME")
-        for name in ("num_examples", "batch_sequences", *(["num_passes"] if self.num_passes else [])):
+        for name in ("num_examples", "batch_sequences", "num_passes"):
             value = getattr(self, name)
-            if min(value if isinstance(value, tuple) else (value,)) < 1:
+            if any(v < 1 for v in (value if isinstance(value, tuple) else (value,)) if v is not None):
                 raise ConfigError(f"{name}={value} must be at least 1")
 
 
@@ -64,7 +66,7 @@ def main(arguments: list[str]) -> int:
         for argument in arguments:
             if "=" not in argument:
                 raise ConfigError(f"{argument!r} is no setting; write KEY=VALUE, and see --help for the keys")
-        given: Any = OmegaConf.to_container(OmegaConf.from_cli(arguments))
+        given = parse(arguments)
         task_changes = given.pop("task", {})
         run(from_dict(EvaluateConfig, given), task_changes)
         return 0
@@ -73,11 +75,24 @@ def main(arguments: list[str]) -> int:
         return 2
 
 
+def parse(arguments: list[str]) -> dict[str, Any]:
+    """Nested values of ``KEY=VALUE`` arguments; raises ConfigError."""
+    try:
+        given: Any = OmegaConf.to_container(OmegaConf.from_cli(arguments))
+    except Exception as error:  # of YAML's, and several of OmegaConf's
+        reason = " ".join(str(error).split())
+        raise ConfigError(f"an argument cannot be read ({reason}); write KEY=VALUE or KEY=[1,2]") from error
+    if not isinstance(given.get("task", {}), dict):
+        raise ConfigError(f"task={given['task']} is no setting here; write task.name={given['task']}")
+    return given
+
+
 def run(settings: EvaluateConfig, task_changes: dict[str, Any]) -> Path:
     """Evaluates, prints the table, and returns the JSON file it wrote."""
     from sleeptrain.checkpoint import store
     from sleeptrain.checkpoint.durable import replace_file
-    from sleeptrain.engine.evaluation import as_table, evaluate
+    from sleeptrain.engine.evaluation import as_table, check_difficulties, evaluate
+    from sleeptrain.model.sleep import require_passes
     from sleeptrain.parallel.backend import LocalBackend
     from sleeptrain.tasks import make_task
 
@@ -106,19 +121,24 @@ def run(settings: EvaluateConfig, task_changes: dict[str, Any]) -> Path:
     backend = LocalBackend(config, vocab_size)
     backend.load_model(found.tensors["model"])
     num_passes = settings.num_passes or (config.sleep.num_passes,)
+    for n in num_passes:
+        require_passes(n, config.model)
+    check_difficulties(task, settings.difficulties)
+    num_examples = settings.num_examples or task.num_examples(settings.split) or 2048
     results = evaluate(
         backend,
         task,
         settings.split,
         num_passes,
         settings.difficulties,
-        settings.num_examples,
+        num_examples,
         settings.batch_sequences,
         config.sleep.window_tokens,
     )
     print(f"{found.path}, {settings.split} split, {results[0].num_examples} examples per difficulty\n")
     print(as_table(results, task.difficulty_name))
-    marks = task.marks(settings.split)
+    is_whole = num_examples >= (task.num_examples(settings.split) or 0)
+    marks = task.marks(settings.split) if is_whole else {}  # they are of the whole split
     for name, value in marks.items():
         print(f"to beat: {name} {value:.4f}\n")
     run_folder = found.path.parent.parent

@@ -6,8 +6,9 @@ run.
 
 import sys
 import textwrap
+from dataclasses import fields
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from hydra import compose, initialize_config_dir
 from hydra.core.config_store import ConfigStore
@@ -15,8 +16,8 @@ from hydra.errors import HydraException
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from sleeptrain.config import Config
-from sleeptrain.schema import ConfigError, describe, flatten, from_dict, to_dict, unknown
+from sleeptrain.config import Config, TaskConfig
+from sleeptrain.schema import ConfigError, RunError, describe, flatten, from_dict, to_dict, unknown
 
 CONFIGS = Path(__file__).resolve().parent.parent / "configs"
 EXIT_CONFIG = 2
@@ -41,10 +42,13 @@ def main(arguments: list[str]) -> int:
     try:
         config = compose_config(arguments)
         if config.dry_run:
+            from sleeptrain.engine.evaluation import check_difficulties
             from sleeptrain.engine.plan_report import plan_report
             from sleeptrain.tasks import make_task
 
-            print(plan_report(config, make_task(config.task)))
+            task = make_task(config.task)
+            check_difficulties(task, config.eval.difficulties)
+            print(plan_report(config, task))
             return 0
         from sleeptrain.engine.trainer import train
 
@@ -52,9 +56,7 @@ def main(arguments: list[str]) -> int:
     except ConfigError as error:
         print(f"error: {error}", file=sys.stderr)
         return EXIT_CONFIG
-    except RuntimeError as error:
-        if type(error) is RuntimeError:  # a fault of ours or of torch: show where
-            raise
+    except RunError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
 
@@ -85,15 +87,21 @@ def _check_names(arguments: list[str], settings: set[str]) -> None:
         for folder in CONFIGS.iterdir()
         if folder.is_dir()
     }
+    of_tasks = {f"task.{field.name}" for task in get_args(TaskConfig) for field in fields(task)}
+    has_experiment = any(argument.startswith("experiment=") for argument in arguments)
     for argument in arguments:
         key, value = argument.split("=", 1)
         key = key.lstrip("+~")
+        if key == "task" and value in {"depo", "text"} and not has_experiment:
+            raise ConfigError(
+                f"task={value} needs the sizes of an experiment of that task; use experiment={value}_small"
+            )
         if key in groups:
             for name in value.strip("[]").split(","):
                 if name not in groups[key]:
                     raise ConfigError(unknown(key, name, groups[key]))
-        elif key not in settings and not key.startswith("task."):
-            raise ConfigError(unknown("setting", key, settings | groups.keys()))
+        elif key not in settings | of_tasks:
+            raise ConfigError(unknown("setting", key, settings | of_tasks | groups.keys()))
 
 
 def help_text() -> str:

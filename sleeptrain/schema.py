@@ -14,6 +14,10 @@ class ConfigError(ValueError):
     """A setting is wrong; the message names the setting, its value and the remedy."""
 
 
+class RunError(RuntimeError):
+    """A run cannot go on; the message says why and what to do."""
+
+
 def setting(default: Any, help_text: str) -> Any:
     """A dataclass field with a default and the sentence that ``--help`` prints for it."""
     return field(default=default, metadata={"help": help_text})

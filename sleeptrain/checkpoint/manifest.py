@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from sleeptrain.checkpoint.durable import write_new
-from sleeptrain.schema import flatten
+from sleeptrain.schema import RunError, flatten
 
 FILE = "manifest.json"
 FORMAT = "sleeptrain-checkpoint"
@@ -19,7 +19,7 @@ VERSION = 1
 ASIDE = ".old_"  # prefix of a checkpoint that was moved aside while its successor takes its name
 
 
-class CheckpointError(RuntimeError):
+class CheckpointError(RunError):
     """A checkpoint cannot be written or used; the message names the file and says what is wrong with it."""
 
 

@@ -3,6 +3,7 @@
     checkpoints/step_00000200/   model.safetensors ... trainer.json ... manifest.json
     checkpoints/.tmp_*           being written or deleted
     checkpoints/.old_step_*      moved aside until its successor has its name
+    checkpoints/damaged_step_*   could not be read; the run went on from an earlier one
 
 Tensors are safetensors, everything else is JSON; nothing is pickled. One process writes at a time (the run
 lock).
@@ -23,7 +24,7 @@ from sleeptrain.checkpoint import manifest
 from sleeptrain.checkpoint.durable import sync_folder, write_new
 from sleeptrain.checkpoint.manifest import CheckpointError
 
-TEMPORARY = ".tmp_"
+TEMPORARY, DAMAGED = ".tmp_", "damaged_"
 TENSORS, DOCUMENT = ".safetensors", ".json"
 
 
@@ -55,6 +56,7 @@ def save(
     target = checkpoints_dir / manifest.step_name(step)
     try:
         checkpoints_dir.mkdir(parents=True, exist_ok=True)
+        sync_folder(checkpoints_dir.parent)  # its own name must last, too
         _settle(checkpoints_dir)
         try:
             temporary = checkpoints_dir / f"{TEMPORARY}{target.name}_{os.getpid()}"
@@ -86,20 +88,31 @@ def load(path: Path, device: str | torch.device = "cpu") -> Checkpoint:
     return Checkpoint(step, tensors, documents, path)
 
 
-def find_latest(checkpoints_dir: Path, report: Callable[[str], None]) -> Checkpoint | None:
+def find_latest(
+    checkpoints_dir: Path, report: Callable[[str], None], set_aside: bool = False
+) -> Checkpoint | None:
     """The newest whole checkpoint, on the CPU; None if there is none at all.
 
-    ``report`` gets one sentence for each newer one that is damaged. Raises CheckpointError if all are: a run
-    must not start again from zero unasked.
+    ``report`` gets one sentence for each newer one that is damaged. With ``set_aside``, for the owner of the
+    run, these are renamed ``damaged_step_*`` once a whole one is found, so that they take no place among
+    those kept. Raises CheckpointError if all are damaged: a run must not start again from zero unasked.
     """
     folders = _checkpoints(checkpoints_dir)
+    damaged: list[Path] = []
     for folder, following in zip(folders, [*folders[1:], None]):
         try:
-            return load(folder)
+            found = load(folder)
         except CheckpointError as error:
             report(
                 f"checkpoint skipped: {error}; {f'trying {following.name}' if following else 'none is left'}"
             )
+            damaged.append(folder)
+            continue
+        for path in damaged if set_aside else []:
+            target = path.with_name(DAMAGED + path.name.removeprefix(manifest.ASIDE))
+            shutil.rmtree(target, ignore_errors=True)
+            path.rename(target)
+        return found
     if folders:
         raise CheckpointError(
             f"none of the {len(folders)} checkpoints in {checkpoints_dir} is usable; "

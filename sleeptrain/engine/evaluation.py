@@ -34,13 +34,15 @@ def evaluate(
     batch_sequences: int,
     window_tokens: int,
 ) -> list[EvalResult]:
-    """Every pair of N and difficulty on the same examples; fewer than ``num_examples`` where the split is
-    smaller."""
-    count = min(num_examples, task.num_examples(split) or num_examples)
+    """Every pair of N and difficulty on the same examples; a split that ends gives at most all of its own,
+    spread evenly."""
+    total = task.num_examples(split) or num_examples
+    count = min(num_examples, total)
+    indices = np.arange(count) * total // count
     results = []
     for difficulty in difficulties or task.difficulties:
         batches = [
-            task.examples(EVAL_SEED, np.arange(start, min(start + batch_sequences, count)), split, difficulty)
+            task.examples(EVAL_SEED, indices[start : start + batch_sequences], split, difficulty)
             for start in range(0, count, batch_sequences)
         ]
         for n in num_passes:
@@ -58,6 +60,13 @@ def evaluate(
             metrics |= {name: float(np.concatenate(values).mean()) for name, values in scores.items()}
             results.append(EvalResult(n, difficulty, count, metrics))
     return results
+
+
+def check_difficulties(task: Task, difficulties: Sequence[int]) -> None:
+    """Raises ConfigError for a difficulty that the task does not know: before training, not at its first
+    evaluation."""
+    for difficulty in difficulties:
+        task.example(EVAL_SEED, 0, "validation", difficulty)
 
 
 def as_row(results: list[EvalResult], difficulty_name: str, trained_passes: int) -> dict[str, float]:

@@ -1,17 +1,19 @@
 """Metrics of a run: every row to ``metrics.jsonl``, and to Weights & Biases when asked. The only door to
 wandb."""
 
+import contextlib
 import json
 import math
 import os
 import resource
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from sleeptrain.config import Config
-from sleeptrain.schema import ConfigError, to_dict
+from sleeptrain.schema import ConfigError, RunError, to_dict
 
 FILE_NAME = "metrics.jsonl"
 
@@ -26,22 +28,35 @@ class MetricsWriter:
     def write(self, step: int, row: dict[str, Any]) -> None:
         """JSON has no infinity: a value that is not finite is written as null."""
         row = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()}
-        self._file.write(json.dumps({"step": step, **row}, allow_nan=False) + "\n")
-        self._file.flush()
+        with self._told_of_a_full_disk():
+            self._file.write(json.dumps({"step": step, **row}, allow_nan=False) + "\n")
+            self._file.flush()
         if self._wandb is not None:
             self._wandb.log(row, step=step)
 
     def sync(self) -> None:
         """Rows written so far survive a crash of the machine: called before a checkpoint refers to their
         step."""
-        self._file.flush()
-        os.fsync(self._file.fileno())
+        with self._told_of_a_full_disk():
+            self._file.flush()
+            os.fsync(self._file.fileno())
 
     def close(self) -> None:
-        self.sync()
-        self._file.close()
+        """What could not be written before is given up."""
+        with contextlib.suppress(OSError):
+            self._file.close()
         if self._wandb is not None:
             self._wandb.finish()
+
+    @contextlib.contextmanager
+    def _told_of_a_full_disk(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            raise RunError(
+                f"writing {self._file.name} failed ({error.strerror or error}); free some space, and the "
+                "same command goes on from the last checkpoint"
+            ) from error
 
 
 def read_metrics(folder: Path) -> list[dict[str, Any]]:
@@ -56,11 +71,15 @@ def check_wandb(config: Config) -> None:
         return
     import wandb
 
-    if not wandb.login(prompt=False):
+    remedy = "run `wandb login`, set WANDB_API_KEY, or use log.wandb=offline"
+    try:
+        has_key = wandb.login(prompt=False)
+    except (wandb.Error, ValueError) as error:
         raise ConfigError(
-            "log.wandb=online, but no API key is set; run `wandb login`, set WANDB_API_KEY, "
-            "or use log.wandb=offline"
-        )
+            f"log.wandb=online, but wandb refuses ({' '.join(str(error).split())}); {remedy}"
+        ) from error
+    if not has_key:
+        raise ConfigError(f"log.wandb=online, but no API key is set; {remedy}")
 
 
 def start_wandb(folder: Path, config: Config) -> Any:

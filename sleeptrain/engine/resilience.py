@@ -10,7 +10,7 @@ from types import FrameType
 from typing import Any
 
 from sleeptrain.checkpoint.durable import replace_file
-from sleeptrain.schema import ConfigError
+from sleeptrain.schema import ConfigError, RunError
 
 EXIT_CONFIG = 2  # a setting or an input is wrong: trying again cannot help
 EXIT_REQUEUE = 75  # EX_TEMPFAIL of sysexits.h: stopped by a signal, saved; the SLURM scripts requeue on it
@@ -20,7 +20,7 @@ class RunLockedError(ConfigError):
     """Another process is working in the run folder."""
 
 
-class NonFiniteError(RuntimeError):
+class NonFiniteError(RunError):
     """Too many updates in a row had a loss or gradient that is not finite."""
 
 
@@ -106,7 +106,8 @@ class SkipGuard:
         if self.in_a_row >= self.max_skipped_steps:
             raise NonFiniteError(
                 f"{self.in_a_row} updates in a row were skipped: their loss or gradient was not finite; "
-                "try a lower optim.muon_lr and optim.adamw_lr, a longer optim.warmup_steps or float32"
+                "lower optim.muon_lr and optim.adamw_lr, lengthen optim.warmup_steps or use float32, and go "
+                "on from the last checkpoint with run.allow_config_change=true"
             )
 
     def state(self) -> dict[str, int]:

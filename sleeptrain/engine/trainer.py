@@ -1,9 +1,10 @@
 """The training loop: next batch, forward/backward, step, log, evaluate, save; it resumes by default, bit for
 bit."""
 
+import os
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.utils.deterministic
@@ -14,7 +15,7 @@ from sleeptrain.checkpoint.manifest import CheckpointError, differences
 from sleeptrain.config import Config
 from sleeptrain.data.batch import Batch
 from sleeptrain.data.stream import TrainStream
-from sleeptrain.engine.evaluation import as_row, as_table, evaluate
+from sleeptrain.engine.evaluation import as_row, as_table, check_difficulties, evaluate
 from sleeptrain.engine.figures import draw_learning_curve
 from sleeptrain.engine.garbage import collected_between_steps
 from sleeptrain.engine.metrics import FILE_NAME, MetricsWriter, check_wandb, peak_memory_gib, read_metrics
@@ -45,7 +46,12 @@ def train(config: Config, frozen_config: str) -> int:
     config.yaml."""
     check_wandb(config)
     folder = Path(config.run.dir)
-    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(
+            f"run.dir={folder} cannot be made a folder ({error.strerror}); choose another"
+        ) from error
     with RunLock(folder), StopSignal() as stop:
         return Trainer(config, folder, frozen_config).run(stop)
 
@@ -55,18 +61,21 @@ class Trainer:
 
     def __init__(self, config: Config, folder: Path, frozen_config: str) -> None:
         self.config, self.folder = config, folder
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # deterministic cuBLAS asks for it
         if config.run.num_threads:
             torch.set_num_threads(config.run.num_threads)
         # Not use_deterministic_algorithms: that loads the compiler, and would fill every empty tensor.
         torch.set_deterministic_debug_mode("error" if config.run.deterministic else "default")
         torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
         self.task = make_task(config.task)
+        check_difficulties(self.task, config.eval.difficulties)
         self.backend = LocalBackend(config, self.task.vocab_size)
         self.stream = TrainStream(
             self.task, config.run.seed, config.data.batch_sequences, config.sleep.window_tokens
         )
         self.guard = SkipGuard(config.optim.max_skipped_steps)
         self.interval = Interval()
+        self.works: dict[tuple[int, tuple[bool, ...]], Work] = {}
         self.step = self.saved_step = 0
         self.documents = {"config": to_dict(config), "data": self.task.fingerprint()}
         self._resume()
@@ -83,11 +92,12 @@ class Trainer:
             self._loop(stop, metrics, progress)
             if self.step > self.saved_step:
                 self._save(metrics, progress)
+            metrics.sync()
         finally:
             progress.close()
             metrics.close()
         if self.step < num_steps:
-            print(f"stopped by {stop.requested}; step {self.step} is saved, and the same command goes on")
+            print(f"stopped by {stop.requested}; the same command goes on from step {self.saved_step}")
             return EXIT_REQUEUE
         for path in draw_learning_curve(read_metrics(self.folder), self.folder / "figures", config.run.id):
             print(f"wrote {path}")
@@ -123,9 +133,8 @@ class Trainer:
         factor = lr_factor(step, config.optim)
         update = self.backend.step(factor, result.loss)
         self.guard.record(skipped=not update.applied)
-        self.interval.add(
-            update.loss if update.applied else None, update.grad_norm, num_passes, factor, batch
-        )
+        loss = update.loss if update.applied else None
+        self.interval.add(loss, update.grad_norm, num_passes, factor, self._work(batch, num_passes))
         self.interval.seconds += time.perf_counter() - start
         self.step += 1
         return result.trace
@@ -133,23 +142,17 @@ class Trainer:
     def _training_row(self, trace: list[PassTrace]) -> dict[str, Any]:
         """Means over the steps since the last row, and the newest value of everything else."""
         interval, config = self.interval, self.config
-        length = self.task.sequence_tokens
-        windows = cut(length, config.sleep.window_tokens, interval.windows_with_loss)
-        visits = plan(windows, interval.num_passes, config.model, config.sleep)
-        pass_tokens = sum(
-            windows[w].stop - windows[w].start for w, _ in {(v.window, v.pass_number) for v in visits}
-        )
-        sequences_per_second = interval.num_steps * config.data.batch_sequences / interval.seconds
+        step_tokens = config.data.batch_sequences * self.task.sequence_tokens
         row: dict[str, Any] = {
             "train/loss": interval.mean_loss(),
             "train/grad_norm": interval.grad_norm,
             "train/muon_lr": config.optim.muon_lr * interval.lr_factor,
             "train/adamw_lr": config.optim.adamw_lr * interval.lr_factor,
             "train/num_passes": interval.num_passes,
-            "train/tokens": self.step * config.data.batch_sequences * length,
+            "train/tokens": self.step * step_tokens,
             "train/skipped_steps": self.guard.total,
-            "train/tokens_per_second": sequences_per_second * length,
-            "train/pass_tokens_per_second": sequences_per_second * pass_tokens,
+            "train/tokens_per_second": interval.num_steps * step_tokens / interval.seconds,
+            "train/pass_tokens_per_second": interval.work.pass_tokens / interval.seconds,
             "train/step_seconds": interval.seconds / interval.num_steps,
             "train/data_seconds": interval.data_seconds / interval.num_steps,
             "train/memory_gib": peak_memory_gib(self.backend.device),
@@ -158,21 +161,34 @@ class Trainer:
             of_pass = [t for t in trace if t.pass_number == n]
             row[f"memory/norm/pass_{n}"] = float(sum(t.norm for t in of_pass)) / len(of_pass)
             row[f"memory/update/pass_{n}"] = float(sum(t.update for t in of_pass)) / len(of_pass)
-        row |= self._utilisation(windows, visits, sequences_per_second)
+        row |= self._utilisation()
         self.interval = Interval()
         return row
 
-    def _utilisation(self, windows: list, visits: list, sequences_per_second: float) -> dict[str, float]:
+    def _work(self, batch: Batch, num_passes: int) -> "Work":
+        """What a step with this N and these windows amounts to; N may change from step to step."""
+        key = (num_passes, batch.windows_with_loss)
+        if key not in self.works:
+            config = self.config
+            windows = cut(self.task.sequence_tokens, config.sleep.window_tokens, batch.windows_with_loss)
+            visits = plan(windows, num_passes, config.model, config.sleep)
+            passes = {(v.window, v.pass_number) for v in visits}
+            cost = training_flops(config.model, config.sleep, windows, visits, self.task.vocab_size)
+            per_sequence = (sum(windows[w].stop - windows[w].start for w, _ in passes), *cost[1:])
+            self.works[key] = Work(*(config.data.batch_sequences * x for x in per_sequence))
+        return self.works[key]
+
+    def _utilisation(self) -> dict[str, float]:
         """Model and hardware FLOPs utilisation, where the peak of the device is known."""
         if self.backend.device.type != "cuda":
             return {}
         peak = peak_flops(torch.cuda.get_device_name(self.backend.device))
         if peak is None:
             return {}
-        cost = training_flops(self.config.model, self.config.sleep, windows, visits, self.task.vocab_size)
+        work, seconds = self.interval.work, self.interval.seconds
         return {
-            "train/mfu": cost.model * sequences_per_second / peak,
-            "train/hfu": cost.hardware * sequences_per_second / peak,
+            "train/mfu": work.model_flops / seconds / peak,
+            "train/hfu": work.hardware_flops / seconds / peak,
         }
 
     def _evaluate(self, metrics: MetricsWriter, progress: Progress) -> None:
@@ -193,8 +209,13 @@ class Trainer:
         progress.line(f"held out, after step {self.step}:\n{as_table(results, self.task.difficulty_name)}")
 
     def _save(self, metrics: MetricsWriter, progress: Progress) -> None:
-        """A checkpoint of the current step. A full disk costs the checkpoint, not the run, except at its
-        end."""
+        """A checkpoint of the current step. A full disk costs the checkpoint, not the run, except at its end.
+
+        Amid skipped updates nothing is saved: such checkpoints would push out the good ones, and the steps
+        since the last one can be made again.
+        """
+        if self.guard.in_a_row and self.step < self.config.optim.num_steps:
+            return
         metrics.sync()
         trainer = {"step": self.step, "guard": self.guard.state(), "interval": self.interval.state()}
         kept = (self.config.checkpoint.keep_last, self.config.checkpoint.keep_every_steps)
@@ -209,7 +230,9 @@ class Trainer:
 
     def _resume(self) -> None:
         """Goes on from the newest valid checkpoint; raises ConfigError when it belongs to another run."""
-        found = store.find_latest(self.folder / "checkpoints", report=lambda text: print(f"warning: {text}"))
+        found = store.find_latest(
+            self.folder / "checkpoints", report=lambda text: print(f"warning: {text}"), set_aside=True
+        )
         if found is None:
             return
         saved = {name: found.documents.get(name, {}) for name in ("config", "data")}
@@ -237,6 +260,14 @@ class Trainer:
         self.interval.load(found.documents["trainer"]["interval"])
 
 
+class Work(NamedTuple):
+    """Tokens times passes, and FLOPs with and without what checkpointing runs again."""
+
+    pass_tokens: float = 0.0
+    model_flops: float = 0.0
+    hardware_flops: float = 0.0
+
+
 class Interval:
     """What happened since the last row of metrics; part of the checkpoint, so that rows do not depend on
     restarts."""
@@ -244,16 +275,17 @@ class Interval:
     def __init__(self) -> None:
         self.loss_sum, self.num_losses = 0.0, 0
         self.num_steps, self.seconds, self.data_seconds = 0, 0.0, 0.0
+        self.work = Work()
 
     def add(
-        self, loss: float | None, grad_norm: float, num_passes: int, lr_factor: float, batch: Batch
+        self, loss: float | None, grad_norm: float, num_passes: int, lr_factor: float, work: Work
     ) -> None:
         if loss is not None:
             self.loss_sum += loss
             self.num_losses += 1
         self.num_steps += 1
         self.grad_norm, self.num_passes, self.lr_factor = grad_norm, num_passes, lr_factor
-        self.windows_with_loss = batch.windows_with_loss
+        self.work = Work(*(a + b for a, b in zip(self.work, work)))
 
     def mean_loss(self) -> float | None:
         return self.loss_sum / self.num_losses if self.num_losses else None

@@ -179,7 +179,7 @@ class _ChunkedRule(torch.autograd.Function):
         else:
             db, dv = _dot(d_written, v)[..., None], b * d_written
 
-        d_log_decay = dG.flip(-1).cumsum(-1).flip(-1) if RULES[ctx.rule].decays else None
+        d_log_decay = _running_sum(dG, backward=True).to(dG.dtype) if RULES[ctx.rule].decays else None
         return (
             None if dq is None else _from_chunks(dq, num_batch, num_tokens, groups),
             _from_chunks(dk, num_batch, num_tokens, groups),
@@ -206,7 +206,7 @@ def _decay(log_decay_NHC: Tensor) -> _Decay:
     """Running sums in float64: their differences must survive log decays of -60 next to 0 in the same
     chunk."""
     dtype = log_decay_NHC.dtype
-    total = log_decay_NHC.double().cumsum(-1)
+    total = _running_sum(log_decay_NHC)
     between = (total[..., :, None] - total[..., None, :]).to(dtype)
     return _Decay(
         pair=_exp(between).tril_(),
@@ -214,6 +214,14 @@ def _decay(log_decay_NHC: Tensor) -> _Decay:
         to_end=_exp((total[..., -1:] - total).to(dtype))[..., None],
         whole=_exp(total[..., -1].to(dtype)),
     )
+
+
+def _running_sum(x_NHC: Tensor, backward: bool = False) -> Tensor:
+    """Over the tokens of a chunk, or from each token to the end, in float64; as a product, for CUDA's own running
+    sums are not deterministic."""
+    ones = torch.ones(x_NHC.shape[-1:] * 2, dtype=torch.float64, device=x_NHC.device)
+    ones = ones.tril_() if backward else ones.triu_()
+    return torch.bmm(x_NHC.double(), ones.expand(len(x_NHC), -1, -1))
 
 
 def _exp(logs: Tensor) -> Tensor:

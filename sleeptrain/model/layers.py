@@ -121,5 +121,6 @@ def convolution_tail(x_BTC: Tensor, tail: Tensor | None, valid: Tensor | None, n
     # A row's newest inputs, in order: stable sort by "is a pad or older than the tail" keeps the order of the
     # rest.
     kept = torch.cat([valid.new_ones(len(valid), size), valid], dim=1)
-    order = kept.to(torch.int8).argsort(dim=1, stable=True)[:, -size:]
+    order = kept.to(torch.int8).argsort(dim=1, stable=True)
+    order = order[:, order.shape[1] - size :]
     return inputs.gather(1, order[..., None].expand(-1, -1, inputs.shape[-1]))

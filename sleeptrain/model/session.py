@@ -3,7 +3,8 @@ full.
 
 A session is a value: ``feed`` takes one and returns the next. Feeding a sequence in pieces, split at any
 token, equals one call of the ``predict_then_consolidate`` schedule on the whole of it (method: section 6,
-check 6).
+check 6). The other schedule sleeps just so, except with ``sleep.sliding_kv=per_pass``: what a session reads
+awake sees the cache of the last pass before, what training reads in a window without loss that of pass 1.
 """
 
 import sys
@@ -44,7 +45,7 @@ def begin(model: SleepModel, num_sequences: int) -> Session:
 def feed(model: SleepModel, session: Session, ids: Tensor, num_passes: int) -> tuple[Tensor, Session]:
     """Reads ``ids`` ``[B, T]``, sleeping with N = ``num_passes`` at each full window; returns logits ``[B, T,
     V]``."""
-    require_passes(num_passes)
+    require_passes(num_passes, model.config)
     logits = [session.hidden.new_zeros(len(ids), 0, model.head.out_features)]
     while ids.shape[1]:
         room = (
@@ -62,9 +63,9 @@ def feed(model: SleepModel, session: Session, ids: Tensor, num_passes: int) -> t
 def sleep(model: SleepModel, session: Session, num_passes: int) -> Session:
     """Passes 2..N over the open window, then forgets it: only what crosses a border stays.
 
-    Raises ValueError for N < 1.
+    Raises ConfigError for N < 1.
     """
-    require_passes(num_passes)
+    require_passes(num_passes, model.config)
     if not session.position_tokens:
         return session
     ids = session.hidden.new_zeros(session.hidden.shape[:2], dtype=torch.long)
@@ -80,11 +81,14 @@ def sleep(model: SleepModel, session: Session, num_passes: int) -> Session:
     for n in range(2, num_passes + 1):
         h = model.final_norm(h) if model.sleep.norm_between_passes else h
         before = passes.begin(n, awake=False)
-        h, after = model.stack(h, before, tokens, segments["core"])
+        if n < num_passes or coda_again:
+            h, after = model.stack(h, before, tokens, segments["core"])
+        else:
+            after = model.stack.write(h, before, tokens, segments["core"])
         passes.record(segments["core"], after)
     if coda_again:
-        _, after = model.stack(h, passes.begin(num_passes, awake=False), tokens, segments["coda"])
-        passes.record(segments["coda"], after)
+        before = passes.begin(num_passes, awake=False)
+        passes.record(segments["coda"], model.stack.write(h, before, tokens, segments["coda"]))
     return _open(model, passes.end(tokens), session.hidden[:, :0])
 
 

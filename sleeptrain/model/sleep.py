@@ -23,6 +23,7 @@ from sleeptrain.model.init import initialise
 from sleeptrain.model.layers import RMSNorm, rotary_table
 from sleeptrain.model.state import State, Tokens, reset
 from sleeptrain.model.window_state import Passes
+from sleeptrain.schema import ConfigError
 
 Segment = Literal["prelude", "core", "coda"]
 
@@ -59,8 +60,11 @@ class Batch(Protocol):
 
 
 class Output(NamedTuple):
-    """Summed loss over the masked targets, in nats, and per token ``[B, T]`` the loss and the most likely
-    id."""
+    """Summed loss over the masked targets, in nats, and per token ``[B, T]`` the loss and the most likely id.
+
+    ``state`` is what the planned visits left, which end with the last loss; to go on reading use
+    ``sleeptrain.model.session``.
+    """
 
     loss_sum: Tensor
     nll: Tensor
@@ -78,10 +82,15 @@ class PassTrace(NamedTuple):
     update: Tensor
 
 
-def require_passes(num_passes: int) -> None:
-    """Raises ValueError for an N below 1."""
+def require_passes(num_passes: int, config: ModelConfig) -> None:
+    """Raises ConfigError for an N below 1, or above 1 where no looped block has fast weights to write."""
     if num_passes < 1:
-        raise ValueError(f"num_passes={num_passes} is below 1; reading a window is already pass 1")
+        raise ConfigError(f"num_passes={num_passes} is below 1; reading a window is already pass 1")
+    if num_passes > 1 and not any(block.is_fast_weight for block in config.core_blocks):
+        raise ConfigError(
+            f"num_passes={num_passes} needs a gdn or jet block among the looped blocks, and model.pattern="
+            f"{config.pattern!r} has none there; use num_passes=1"
+        )
 
 
 def segments_of(config: ModelConfig) -> dict[Segment, range]:
@@ -200,7 +209,7 @@ class SleepModel(nn.Module):
         trace: list[PassTrace] | None = None,
     ) -> Output:
         """Walks the visits of a batch; ``trace`` collects the norms of S of every pass that writes it."""
-        require_passes(num_passes)
+        require_passes(num_passes, self.config)
         windows = self.windows(batch)
         visits = plan(windows, num_passes, self.config, self.sleep)
         state = self.initial_state(len(batch.ids)) if state is None else state

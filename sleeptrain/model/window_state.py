@@ -1,8 +1,9 @@
 """What of the state lasts from pass to pass inside a window, and what crosses its border.
 
 Fast weights go from pass to pass and across the border. Attention reads, on every pass, the keys and values
-that survived from before the window (sliding eviction; none with hard eviction). A convolution starts pass 1
-from the tail that the window before left (``carried``; else from zeros) and every later pass from zeros.
+that survived from before the window (sliding eviction; none with hard eviction). A convolution starts its
+first pass over a window from the tail that the window before left (``carried``; else from zeros) and every
+later pass from zeros.
 """
 
 from typing import Any
@@ -20,6 +21,7 @@ class Passes:
     def __init__(self, start: State, sleep: SleepConfig) -> None:
         self.start, self.sleep = start, sleep
         self.latest = list(start)
+        self.has_run = [False] * len(start)  # of each block, in this window
         self.caches: list[tuple[KVCache, ...]] = [()] * len(
             start
         )  # one per executed pass and block, where they survive
@@ -30,16 +32,16 @@ class Passes:
         return tuple(
             BlockState(
                 memory=latest.memory,
-                tail=start.tail if pass_number == 1 else None,
+                tail=None if has_run else start.tail,
                 caches=_read_by(start.caches, pass_number, awake),
             )
-            for start, latest in zip(self.start, self.latest)
+            for start, latest, has_run in zip(self.start, self.latest, self.has_run)
         )
 
     def record(self, blocks: range, state: State) -> None:
         """Takes over what a visit of ``blocks`` left."""
         for i in blocks:
-            self.latest[i] = state[i]
+            self.latest[i], self.has_run[i] = state[i], True
             self.caches[i] += state[i].caches
 
     def cut_gradient(self) -> None:

@@ -11,6 +11,7 @@ from sleeptrain.config import Config
 from sleeptrain.data.batch import Batch
 from sleeptrain.model.sleep import Output, PassTrace, SleepModel
 from sleeptrain.optim.optimizer import MuonAdamW
+from sleeptrain.schema import ConfigError
 
 
 class StepResult(NamedTuple):
@@ -113,11 +114,11 @@ class LocalBackend:
 
 
 def choose_device(setting: str) -> torch.device:
-    """``auto`` takes CUDA where there is one; ValueError where it is asked for and absent."""
+    """``auto`` takes CUDA where there is one; ConfigError where it is asked for and absent."""
     if setting == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if setting == "cuda" and not torch.cuda.is_available():
-        raise ValueError("run.device=cuda, but torch sees no CUDA device; use run.device=cpu or auto")
+        raise ConfigError("run.device=cuda, but torch sees no CUDA device; use run.device=cpu or auto")
     return torch.device(setting)
 
 

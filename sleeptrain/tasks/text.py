@@ -52,7 +52,12 @@ class FileTokenizer:
         from tokenizers import Tokenizer
 
         self.sha256 = hashlib.sha256(path.read_bytes()).hexdigest()
-        self._tokenizer = Tokenizer.from_file(str(path))
+        try:
+            self._tokenizer = Tokenizer.from_file(str(path))
+        except Exception as error:  # the library raises nothing narrower
+            raise ConfigError(
+                f"task.tokenizer={path} is no tokenizer.json ({error}); give another file or use 'bytes'"
+            ) from error
         self.bytes_per_id = np.append(self._count_bytes(), 0)
 
     def encode(self, text: bytes) -> Ints:
@@ -81,6 +86,7 @@ class Text(Task):
 
     Training crops start anywhere; validation and test are cut into consecutive crops, and index i is crop i
     (modulo their number). There is one difficulty, 0. Splits: each file by its bytes; equal files count once.
+    A crop may hold several documents; what the model remembers is not reset between them.
 
     Documents "ab" and "c" as bytes, with 256 for the end of a document, and the crops of 2 tokens at 0 and 2:
 

@@ -237,7 +237,7 @@ def run_block(
     block, spec = model.stack.blocks[index], model.config.blocks[index]
     x = block.mixer_norm(h)
     if spec.is_fast_weight:
-        tail = before.tail if pass_number == 1 else None
+        tail = before.tail if now.tail is None else None  # the first pass of this block over the window
         mixed, now.memory, now.tail = fast_weight(block.mixer, x, now.memory, tail)
     else:
         past = None
