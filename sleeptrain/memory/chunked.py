@@ -217,8 +217,8 @@ def _decay(log_decay_NHC: Tensor) -> _Decay:
 
 
 def _running_sum(x_NHC: Tensor, backward: bool = False) -> Tensor:
-    """Over the tokens of a chunk, or from each token to the end, in float64; as a product, for CUDA's own running
-    sums are not deterministic."""
+    """Over the tokens of a chunk, or from each token to the end, in float64; as a product, since CUDA's own
+    running sums are not deterministic."""
     ones = torch.ones(x_NHC.shape[-1:] * 2, dtype=torch.float64, device=x_NHC.device)
     ones = ones.tril_() if backward else ones.triu_()
     return torch.bmm(x_NHC.double(), ones.expand(len(x_NHC), -1, -1))
