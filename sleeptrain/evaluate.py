@@ -45,8 +45,9 @@ class EvaluateConfig:
             raise ConfigError("checkpoint is not given; write checkpoint=runs/NAME")
         for name in ("num_examples", "batch_sequences", "num_passes"):
             value = getattr(self, name)
-            if any(v < 1 for v in (value if isinstance(value, tuple) else (value,)) if v is not None):
-                raise ConfigError(f"{name}={value} must be at least 1")
+            values = [value] if isinstance(value, int) else list(value or [])
+            if any(v < 1 for v in values):
+                raise ConfigError(f"{name}={values} must be at least 1")
 
 
 def main(arguments: list[str]) -> int:

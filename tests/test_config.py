@@ -58,6 +58,14 @@ def nested(flat: dict[str, Any]) -> dict[str, Any]:
         ),
         ({"model.coda_blocks": -1}, ["model.coda_blocks=-1"]),
         ({"sleep.window_tokens": 27}, ["sleep.window_tokens=27", "26"]),
+        (
+            {"task.name": "rule110", "task.width": 8, "sleep.window_tokens": 12},
+            ["sleep.window_tokens=12", "16 tokens", "=8 or"],
+        ),
+        (
+            {"task.name": "rule110", "task.width": 8, "sleep.window_tokens": 1},
+            ["sleep.window_tokens=1 ", "2 to answer", "=2 or"],
+        ),
         ({"sleep.window_tokens": -1}, ["sleep.window_tokens=-1"]),
         ({"sleep.num_passes": 0}, ["sleep.num_passes=0"]),
         ({"sleep.min_passes": 3}, ["sleep.min_passes=3", "2"]),
@@ -173,3 +181,9 @@ def test_help_covers_every_setting() -> None:
 def test_settings_import_no_torch() -> None:
     code = "import sys, sleeptrain.config; assert not {'torch', 'numpy', 'hydra'} & set(sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+@pytest.mark.parametrize("length", [0, 2, 4, 6, 12, 24])
+def test_a_window_that_divides_the_strings_leaves_the_answers_a_window(length: int) -> None:
+    config = from_dict(Config, {"sleep": {"window_tokens": length}})
+    assert config.task.context_tokens == 24  # type: ignore[union-attr]

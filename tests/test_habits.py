@@ -85,6 +85,13 @@ def test_science_imports_torch_and_numpy_alone() -> None:
     assert after & HEAVY == set()
 
 
+def test_the_model_needs_torch_alone() -> None:
+    """Everything else that could be installed is hidden; numpy too."""
+    hidden = sorted(HEAVY | {"numpy", "safetensors", "tokenizers", "tqdm", "yaml"})
+    script = f"import sys; sys.modules.update(dict.fromkeys({hidden})); import sleeptrain.model"
+    subprocess.run([sys.executable, "-W", "ignore", "-c", script], cwd=ROOT, check=True)
+
+
 def test_package_reads_and_writes_no_pickles() -> None:
     found = {
         str(path.relative_to(ROOT)): list(unsafe_file_access(path.read_text()))

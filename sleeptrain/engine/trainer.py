@@ -24,9 +24,9 @@ from sleeptrain.engine.resilience import EXIT_REQUEUE, RunLock, SkipGuard, StopS
 from sleeptrain.model.flops import peak_flops, training_flops
 from sleeptrain.model.sleep import PassTrace, cut, plan
 from sleeptrain.optim.schedule import lr_factor, num_passes_at
-from sleeptrain.parallel.backend import LocalBackend
+from sleeptrain.parallel.backend import LocalBackend, choose_device
 from sleeptrain.schema import ConfigError, to_dict
-from sleeptrain.tasks import make_task
+from sleeptrain.tasks import Task, make_task
 
 # Settings that may change between two starts of a run: they do not touch what it computes.
 FREE_SETTINGS = (
@@ -45,6 +45,9 @@ def train(config: Config, frozen_config: str) -> int:
     """Trains to the end or to a stop signal; returns the exit code. ``frozen_config`` is written as
     config.yaml."""
     check_wandb(config)
+    choose_device(config.run.device)
+    task = make_task(config.task)
+    check_difficulties(task, config.eval.difficulties)
     folder = Path(config.run.dir)
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -53,22 +56,20 @@ def train(config: Config, frozen_config: str) -> int:
             f"run.dir={folder} cannot be made a folder ({error.strerror}); choose another"
         ) from error
     with RunLock(folder), StopSignal() as stop:
-        return Trainer(config, folder, frozen_config).run(stop)
+        return Trainer(config, task, folder, frozen_config).run(stop)
 
 
 class Trainer:
     """One run in its folder: the backend, the data order and everything that a checkpoint holds."""
 
-    def __init__(self, config: Config, folder: Path, frozen_config: str) -> None:
-        self.config, self.folder = config, folder
+    def __init__(self, config: Config, task: Task, folder: Path, frozen_config: str) -> None:
+        self.config, self.task, self.folder = config, task, folder
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # deterministic cuBLAS asks for it
         if config.run.num_threads:
             torch.set_num_threads(config.run.num_threads)
         # Not use_deterministic_algorithms: that loads the compiler, and would fill every empty tensor.
         torch.set_deterministic_debug_mode("error" if config.run.deterministic else "default")
         torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
-        self.task = make_task(config.task)
-        check_difficulties(self.task, config.eval.difficulties)
         self.backend = LocalBackend(config, self.task.vocab_size)
         self.stream = TrainStream(
             self.task, config.run.seed, config.data.batch_sequences, config.sleep.window_tokens
@@ -185,11 +186,7 @@ class Trainer:
         peak = peak_flops(torch.cuda.get_device_name(self.backend.device))
         if peak is None:
             return {}
-        work, seconds = self.interval.work, self.interval.seconds
-        return {
-            "train/mfu": work.model_flops / seconds / peak,
-            "train/hfu": work.hardware_flops / seconds / peak,
-        }
+        return self.interval.work.utilisation(self.interval.seconds, peak)
 
     def _evaluate(self, metrics: MetricsWriter, progress: Progress) -> None:
         config, start = self.config, time.perf_counter()
@@ -266,6 +263,13 @@ class Work(NamedTuple):
     pass_tokens: float = 0.0
     model_flops: float = 0.0
     hardware_flops: float = 0.0
+
+    def utilisation(self, seconds: float, peak: float) -> dict[str, float]:
+        """As fractions of the ``peak`` FLOP/s of the device."""
+        return {
+            "train/mfu": self.model_flops / seconds / peak,
+            "train/hfu": self.hardware_flops / seconds / peak,
+        }
 
 
 class Interval:

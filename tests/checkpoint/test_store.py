@@ -270,3 +270,20 @@ def test_load_refuses_what_verify_refuses(tmp_path):
     for read in (verify, store.load):
         with pytest.raises(CheckpointError, match=r"step_00000002/trainer\.json"):
             read(path)
+
+
+def test_damaged_checkpoints_set_aside_take_no_place_among_those_kept(tmp_path):
+    save(tmp_path, 5)
+    (save(tmp_path, 7) / "model.safetensors").unlink()
+    assert store.find_latest(tmp_path, print, set_aside=True).step == 5
+    save(tmp_path, 10)
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "damaged_step_00000007",
+        "step_00000005",
+        "step_00000010",
+    ]
+    (tmp_path / "step_00000010" / "model.safetensors").unlink()
+    (tmp_path / "step_00000005" / "model.safetensors").unlink()
+    with pytest.raises(CheckpointError, match="none of the 2"):
+        store.find_latest(tmp_path, print, set_aside=True)
+    assert (tmp_path / "step_00000010").exists()  # nothing is renamed where nothing whole is left

@@ -71,6 +71,35 @@ def test_evaluate_scores_every_difficulty_and_n(copy: Path, capsys: pytest.Captu
     assert "vocabulary of 5" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("settings", "named"),
+    [
+        (["num_passes=[1,2"], "KEY=[1,2]"),
+        (["num_passes=[0]"], "num_passes=[0]"),
+        (["difficulties=[-3]"], "-3"),
+        (["task=depo"], "task.name=depo"),
+        (["spilt=test"], "split"),
+        (["checkpoint=nowhere"], "checkpoint=nowhere"),
+    ],
+)
+def test_evaluate_refuses_in_one_sentence(
+    finished: Path, settings: list[str], named: str, capsys: pytest.CaptureFixture
+) -> None:
+    assert evaluate([f"checkpoint={finished}", *settings]) == 2
+    printed = capsys.readouterr().err
+    assert printed.startswith("error: ")
+    assert named in printed
+    assert len(printed.strip().splitlines()) == 1
+
+
+def test_evaluate_refuses_passes_where_nothing_is_written(tmp_path: Path, capsys) -> None:
+    cleared = ["model.pattern=attn", "sleep.num_passes=1", "eval.num_passes=[]", "optim.num_steps=1"]
+    tiny = [t for t in TINY if t.split("=")[0] not in {s.split("=")[0] for s in cleared}]
+    assert main([f"run.dir={tmp_path / 'run'}", *tiny, *cleared]) == 0
+    assert evaluate([f"checkpoint={tmp_path / 'run'}", "num_passes=[1,3]"]) == 2
+    assert "num_passes=3 needs a gdn or jet block" in capsys.readouterr().err
+
+
 def test_refuses_to_resume_with_other_settings(copy: Path, capsys: pytest.CaptureFixture) -> None:
     kept = [path for path in copy.rglob("*") if path.is_file() and path.name != "run.lock"]
     before = [path.read_bytes() for path in kept]
@@ -112,6 +141,39 @@ def test_a_stop_signal_saves_and_asks_for_a_requeue(finished: Path, tmp_path: Pa
     assert compare_runs(folder, finished) == ""
 
 
+@pytest.mark.parametrize("schedule", ["sampled", "growing"])
+def test_a_changing_n_goes_on_where_it_was(schedule: str, tmp_path: Path) -> None:
+    changing = [f"sleep.passes_schedule={schedule}", "sleep.num_passes=3", "sleep.min_passes=1"]
+    assert pretrain(tmp_path / "whole", *changing) == 0
+    shutil.copytree(tmp_path / "whole", tmp_path / "cut")
+    shutil.rmtree(tmp_path / "cut" / "checkpoints" / "step_00000024")
+    assert pretrain(tmp_path / "cut", *changing) == 0  # steps 21 to 24 again
+    assert compare_runs(tmp_path / "whole", tmp_path / "cut") == ""
+    seen = {row["train/num_passes"] for row in read_metrics(tmp_path / "cut") if "train/loss" in row}
+    assert len(seen) > 1
+
+
+def test_a_save_that_fails_at_a_stop_is_not_called_saved(tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    folder.mkdir()
+    process = subprocess.Popen(
+        command(folder, "optim.num_steps=100000", "checkpoint.every_steps=0"),
+        env=environment(),
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    assert process.stdout is not None
+    for line in process.stdout:
+        if line.startswith("step 6/"):
+            (folder / "checkpoints").write_text("in the way")
+            process.send_signal(signal.SIGTERM)
+            break
+    rest = process.stdout.read()
+    assert process.wait() == 75
+    assert "warning: saving step_" in rest
+    assert "goes on from step 0" in rest
+
+
 def test_two_trainers_cannot_share_a_folder(copy: Path, capsys: pytest.CaptureFixture) -> None:
     longer = ["optim.num_steps=100000", "run.allow_config_change=true"]
     first = subprocess.Popen(command(copy, *longer), env=environment(), stdout=subprocess.PIPE, text=True)
@@ -138,6 +200,12 @@ def test_two_trainers_cannot_share_a_folder(copy: Path, capsys: pytest.CaptureFi
         (["model.num_heads=3"], "model.num_heads=3"),
         (["model.pattern=attn"], "gdn or jet"),
         (["just_a_word"], "KEY=VALUE"),
+        (["task.width=8"], "sleep.window_tokens=6 does not fit"),
+        (["task.widht=6"], "did you mean 'task.width'"),
+        (["task=depo"], "experiment=depo_small"),
+        (["eval.difficulties=[2,-1]"], "-1"),
+        (["eval.difficulties=[-1]", "dry_run=true"], "-1"),
+        (["run.device=cuda"], "run.device=cuda"),
         (["log.wandb=online"], "WANDB_API_KEY"),
     ],
 )
@@ -147,6 +215,7 @@ def test_bad_settings_get_one_sentence(
     monkeypatch.delenv("WANDB_API_KEY", raising=False)
     monkeypatch.setenv("HOME", str(tmp_path))  # no netrc
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     tiny = [t for t in TINY if t.split("=")[0] not in {s.split("=")[0] for s in settings}]
     assert main([*tiny, *settings]) == 2
     printed = capsys.readouterr()
@@ -189,8 +258,10 @@ def test_non_finite_updates_are_skipped_counted_and_stop_the_run(
     tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:
     wild = ["optim.muon_lr=1e30", "optim.adamw_lr=1e30", "optim.max_skipped_steps=3"]
-    assert pretrain(tmp_path / "run", *wild) == 1
+    assert pretrain(tmp_path / "run", *wild, "checkpoint.every_steps=1") == 1
     assert "3 updates in a row were skipped" in capsys.readouterr().err
+    # The skipped steps were not saved: their checkpoints would have pushed out those before them.
+    assert [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()] == ["step_00000001"]
 
 
 def test_help_names_every_setting() -> None:

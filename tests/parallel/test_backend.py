@@ -8,6 +8,7 @@ from sleeptrain.config import Config, DataConfig, ModelConfig, OptimConfig, RunC
 from sleeptrain.data.batch import Batch
 from sleeptrain.data.stream import TrainStream
 from sleeptrain.parallel.backend import LocalBackend, choose_device
+from sleeptrain.schema import ConfigError
 from sleeptrain.tasks import make_task
 
 MODEL = ModelConfig(
@@ -146,5 +147,5 @@ def test_bfloat16_computes_over_float32_weights() -> None:
 @pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without CUDA")
 def test_cuda_where_there_is_none_is_refused() -> None:
     assert choose_device("auto") == torch.device("cpu")
-    with pytest.raises(ValueError, match=r"run\.device=cuda"):
+    with pytest.raises(ConfigError, match=r"run\.device=cuda"):
         choose_device("cuda")

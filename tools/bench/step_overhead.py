@@ -66,9 +66,8 @@ def main() -> None:
     config = quickstart(options.quick)
     block_steps = config.log.every_steps
     with tempfile.TemporaryDirectory() as folder:
-        trainer = Trainer(
-            replace(config, run=replace(config.run, dir=folder)), Path(folder), frozen_config=""
-        )
+        in_folder = replace(config, run=replace(config.run, dir=folder))
+        trainer = Trainer(in_folder, make_task(config.task), Path(folder), frozen_config="")
         model = SleepModel(config.model, config.sleep, trainer.task.vocab_size, config.run.seed)
         switch = Switch(
             bare_loop(config, model, (options.rounds + 1) * block_steps), block_steps, options.rounds
