@@ -27,7 +27,7 @@ test test-more: export OMP_NUM_THREADS := 1
 test: .venv/.stamp  ## the fast tests
 	python -m pytest $(ARGS)
 
-test-more: .venv/.stamp  ## the longer tests of CI
+test-more: .venv/.stamp-bench  ## the longer tests of CI; brings the peers of the benchmarks
 	python -m pytest -m "more and not slow and not gpu" $(ARGS)
 
 pretrain: .venv/.stamp  ## train the quickstart experiment in runs/
@@ -36,7 +36,13 @@ pretrain: .venv/.stamp  ## train the quickstart experiment in runs/
 bench: .venv/.stamp-bench  ## measure against the peers, one figure per file of tools/bench
 	@for file in $(filter-out %/measure.py, $(wildcard tools/bench/*.py)); do echo "python $$file"; python $$file || exit; done
 
-# A stamp is written only after pip succeeded, so a failed install is tried again.
+# A stamp is written only after pip succeeded, so a failed install is tried again; it counts for nothing where the
+# Python below .venv no longer runs.
+ifneq ($(shell .venv/bin/python -c "" 2>/dev/null && echo runs),runs)
+.venv/.stamp: always
+.PHONY: always
+endif
+
 .venv/.stamp: pyproject.toml
 	@$(PYTHON) -c "import sys; sys.exit(sys.version_info[:2] not in [(3, 11), (3, 12)])" 2>/dev/null || { \
 	  echo "sleeptrain needs Python 3.11 or 3.12, and '$(PYTHON)' is neither; name one: make venv PYTHON=python3.11"; \
