@@ -103,28 +103,25 @@ def plan_runs(shared: list[str], passes: list[int], num_steps: int, num_seeds: i
 
 
 def score(run: Run, shared: list[str], out: Path) -> dict[str, float]:
-    """Trains the run to its end, and returns exact accuracy on held-out and on training strings."""
+    """Trains the run to its end, and returns exact accuracy on held-out and on training strings; what is
+    there already is not done again."""
     folder = out / run.name
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
     settings = [
-        f"sleep.num_passes={run.num_passes}",
-        f"optim.num_steps={run.num_steps}",
-        f"run.seed={run.seed}",
+        *(f"sleep.num_passes={run.num_passes}", f"optim.num_steps={run.num_steps}", f"run.seed={run.seed}"),
+        *(f"run.dir={folder}", f"run.id={run.name}"),
     ]
-    place = [f"run.dir={folder}", f"run.id={run.name}"]
-    scores = {}
-    commands = [["-m", "sleeptrain.pretrain", *shared, *settings, *place]]
-    commands += [
-        ["-m", "sleeptrain.evaluate", f"checkpoint={folder}", f"split={s}"] for s in ("test", "train")
-    ]
-    for command in commands:
-        done = subprocess.run([sys.executable, *command], env=environment, capture_output=True, text=True)
-        if done.returncode:
-            raise SystemExit(f"{' '.join(command)} failed:\n{done.stderr}")
-    for split in ("test", "train"):
-        document = json.loads((folder / "eval" / f"step_{run.num_steps:08d}_{split}.json").read_text())
-        scores[split] = document["results"][0]["metrics"]["exact_accuracy"]
-    return scores
+    files = {s: folder / "eval" / f"step_{run.num_steps:08d}_{s}.json" for s in ("test", "train")}
+    commands = {file: ["evaluate", f"checkpoint={folder}", f"split={s}"] for s, file in files.items()}
+    commands = {folder / "figures": ["pretrain", *shared, *settings]} | commands
+    for result, (entry, *arguments) in commands.items():
+        if not result.exists():
+            command = [sys.executable, "-m", f"sleeptrain.{entry}", *arguments]
+            environment = os.environ | {"OMP_NUM_THREADS": "1"}
+            done = subprocess.run(command, env=environment, capture_output=True, text=True)
+            if done.returncode:
+                raise SystemExit(f"{' '.join(command)} failed:\n{done.stderr}")
+    documents = {split: json.loads(file.read_text()) for split, file in files.items()}
+    return {split: d["results"][0]["metrics"]["exact_accuracy"] for split, d in documents.items()}
 
 
 def as_table(results: list[dict]) -> str:
