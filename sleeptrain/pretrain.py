@@ -16,7 +16,7 @@ from hydra.errors import HydraException
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from sleeptrain.config import Config, TaskConfig
+from sleeptrain.config import Config, Rule110Config, TaskConfig
 from sleeptrain.schema import ConfigError, RunError, describe, flatten, from_dict, to_dict, unknown
 
 CONFIGS = Path(__file__).resolve().parent.parent / "configs"
@@ -92,10 +92,9 @@ def _check_names(arguments: list[str], settings: set[str]) -> None:
     for argument in arguments:
         key, value = argument.split("=", 1)
         key = key.lstrip("+~")
-        if key == "task" and value in {"depo", "text"} and not has_experiment:
-            raise ConfigError(
-                f"task={value} needs the sizes of an experiment of that task; use experiment={value}_small"
-            )
+        if key == "task" and value in groups["task"] and value != Rule110Config.name and not has_experiment:
+            fitting = " or ".join(f"experiment={n}" for n in groups["experiment"] if n.startswith(value))
+            raise ConfigError(f"task={value} needs the sizes of an experiment of that task; use {fitting}")
         if key in groups:
             for name in value.strip("[]").split(","):
                 if name not in groups[key]:
