@@ -93,7 +93,7 @@ def run(settings: EvaluateConfig, task_changes: dict[str, Any]) -> Path:
     from sleeptrain.checkpoint import store
     from sleeptrain.checkpoint.durable import replace_file
     from sleeptrain.engine.evaluation import as_table, check_difficulties, evaluate
-    from sleeptrain.model.sleep import require_passes
+    from sleeptrain.model.visits import require_passes
     from sleeptrain.parallel.backend import LocalBackend
     from sleeptrain.tasks import make_task
 

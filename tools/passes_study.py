@@ -24,7 +24,7 @@ import matplotlib.pyplot as plt
 from tqdm import tqdm
 
 from sleeptrain.model.flops import pass_ratio
-from sleeptrain.model.sleep import cut
+from sleeptrain.model.visits import cut
 from sleeptrain.pretrain import compose_config
 
 

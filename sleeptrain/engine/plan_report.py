@@ -7,7 +7,7 @@ from itertools import groupby
 from sleeptrain.config import Config
 from sleeptrain.data.stream import TrainStream
 from sleeptrain.model import flops
-from sleeptrain.model.sleep import Visit, Window, cut, plan, segments_of
+from sleeptrain.model.visits import Visit, Window, cut, plan, segments_of
 from sleeptrain.optim.schedule import num_passes_at
 from sleeptrain.tasks import Task
 

@@ -22,7 +22,7 @@ from sleeptrain.engine.metrics import FILE_NAME, MetricsWriter, check_wandb, pea
 from sleeptrain.engine.progress import Progress
 from sleeptrain.engine.resilience import EXIT_REQUEUE, RunLock, SkipGuard, StopSignal, cut_metrics
 from sleeptrain.model.flops import peak_flops, training_flops
-from sleeptrain.model.sleep import PassTrace, cut, plan
+from sleeptrain.model.visits import cut, plan
 from sleeptrain.optim.schedule import lr_factor, num_passes_at
 from sleeptrain.parallel.backend import LocalBackend, choose_device
 from sleeptrain.schema import ConfigError, to_dict
@@ -109,10 +109,10 @@ class Trainer:
         config, num_steps = self.config, self.config.optim.num_steps
         with collected_between_steps() as collect:
             while self.step < num_steps and not stop.requested:
-                trace = self.train_step()
+                memory_norms = self.train_step()
                 figures = None
                 if _due(self.step, config.log.every_steps):
-                    row = self._training_row(trace)
+                    row = self._training_row(memory_norms)
                     metrics.write(self.step, row)
                     figures = _shown(row)
                 progress.update(self.step, figures)
@@ -122,7 +122,7 @@ class Trainer:
                     self._save(metrics, progress)
                 collect(self.step)
 
-    def train_step(self) -> list[PassTrace]:
+    def train_step(self) -> dict[int, tuple[float, float]]:
         """One optimizer step; returns the norms of S by pass on steps whose row is due."""
         config, step = self.config, self.step
         start = time.perf_counter()
@@ -138,9 +138,9 @@ class Trainer:
         self.interval.add(loss, update.grad_norm, num_passes, factor, self._work(batch, num_passes))
         self.interval.seconds += time.perf_counter() - start
         self.step += 1
-        return result.trace
+        return result.memory_norms
 
-    def _training_row(self, trace: list[PassTrace]) -> dict[str, Any]:
+    def _training_row(self, memory_norms: dict[int, tuple[float, float]]) -> dict[str, Any]:
         """Means over the steps since the last row, and the newest value of everything else."""
         interval, config = self.interval, self.config
         step_tokens = config.data.batch_sequences * self.task.sequence_tokens
@@ -158,10 +158,8 @@ class Trainer:
             "train/data_seconds": interval.data_seconds / interval.num_steps,
             "train/memory_gib": peak_memory_gib(self.backend.device),
         }
-        for n in sorted({t.pass_number for t in trace}):
-            of_pass = [t for t in trace if t.pass_number == n]
-            row[f"memory/norm/pass_{n}"] = float(sum(t.norm for t in of_pass)) / len(of_pass)
-            row[f"memory/update/pass_{n}"] = float(sum(t.update for t in of_pass)) / len(of_pass)
+        for n, (norm, update) in memory_norms.items():
+            row[f"memory/norm/pass_{n}"], row[f"memory/update/pass_{n}"] = norm, update
         row |= self._utilisation()
         self.interval = Interval()
         return row

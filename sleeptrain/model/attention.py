@@ -28,15 +28,21 @@ class Attention(nn.Module):
         self.v_proj = nn.Linear(config.d_model, key_value, bias=False)
         self.o_proj = nn.Linear(query, config.d_model, bias=False)
 
-    def forward(self, x_BTD: Tensor, state: BlockState, tokens: Tokens) -> tuple[Tensor, BlockState]:
-        """Returns the mixed tokens and, where it is kept, the cache as the next tokens will see it."""
+    def forward(
+        self, x_BTD: Tensor, state: BlockState, tokens: Tokens, is_read: bool = True
+    ) -> tuple[Tensor | None, BlockState]:
+        """Returns the mixed tokens (None where nobody reads them) and, where it is kept, the cache as the
+        next tokens will see it."""
         own, cache = self._keys_and_values(x_BTD, tokens), state.cache
+        seen = own if cache is None else cache.followed_by(own)
+        survivors = BlockState(caches=(seen.newest(self._band(tokens) - 1),) if tokens.keeps_cache else ())
+        if not is_read:
+            return None, survivors
         q_BTHd = rotate(self._heads(self.q_proj(x_BTD)), tokens.rotary)
-        seen, mask = own, self._mask(own, cache, tokens)
+        mask = self._mask(own, cache, tokens)
         keys = rotate(own.keys, tokens.rotary)
         if cache is not None:
             table = rotary_table(cache.positions, self.head_dim, self.theta, tokens.rotary[0].dtype)
-            seen = cache.followed_by(own)
             keys = torch.cat([rotate(cache.keys, table).to(keys.dtype), keys], dim=1)
         out = F.scaled_dot_product_attention(
             q_BTHd.transpose(1, 2),
@@ -46,18 +52,10 @@ class Attention(nn.Module):
             is_causal=mask is None,
             enable_gqa=own.keys.shape[2] != q_BTHd.shape[2],
         )
-        return self.o_proj(out.transpose(1, 2).flatten(2)), self._survivors(seen, tokens)
-
-    def write(self, x_BTD: Tensor, state: BlockState, tokens: Tokens) -> BlockState:
-        """Only what survives of this call, where nobody reads its output."""
-        own = self._keys_and_values(x_BTD, tokens)
-        return self._survivors(own if state.cache is None else state.cache.followed_by(own), tokens)
+        return self.o_proj(out.transpose(1, 2).flatten(2)), survivors
 
     def _band(self, tokens: Tokens) -> int:
         return self.width_tokens or tokens.window_tokens
-
-    def _survivors(self, seen: KVCache, tokens: Tokens) -> BlockState:
-        return BlockState(caches=(seen.newest(self._band(tokens) - 1),) if tokens.keeps_cache else ())
 
     def _heads(self, x_BTC: Tensor) -> Tensor:
         return x_BTC.unflatten(-1, (-1, self.head_dim))

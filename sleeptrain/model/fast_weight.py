@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from sleeptrain import memory
 from sleeptrain.config import ModelConfig
-from sleeptrain.model.layers import RMSNorm, causal_convolution, convolution_tail
+from sleeptrain.model.layers import Float32Linear, RMSNorm, causal_convolution, convolution_tail
 from sleeptrain.model.state import BlockState, Tokens
 
 
@@ -26,6 +26,7 @@ class FastWeight(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.rule, self.negative_eigenvalues = config.rule, config.negative_eigenvalues
+        self.num_heads = config.memory_heads  # those held here: a part of all under tensor parallelism
         self.key_dim, self.value_dim, self.conv_width = (
             config.memory_key_dim,
             config.memory_value_dim,
@@ -35,30 +36,29 @@ class FastWeight(nn.Module):
         self.q_proj = nn.Linear(config.d_model, keys, bias=False)
         self.k_proj = nn.Linear(config.d_model, keys, bias=False)
         self.v_proj = nn.Linear(config.d_model, values, bias=False)
-        self.b_proj = nn.Linear(config.d_model, config.memory_heads, bias=False)
+        self.b_proj = Float32Linear(config.d_model, config.memory_heads, bias=False)
         if memory.RULES[config.rule].decays:
-            self.a_proj = nn.Linear(config.d_model, config.memory_heads, bias=False)
+            self.a_proj = Float32Linear(config.d_model, config.memory_heads, bias=False)
             self.A_log = nn.Parameter(torch.empty(config.memory_heads))
             self.dt_bias = nn.Parameter(torch.empty(config.memory_heads))
         self.g_proj = nn.Linear(config.d_model, values, bias=False)
         self.o_norm = RMSNorm(config.memory_value_dim, config.norm_eps)
         self.o_proj = nn.Linear(values, config.d_model, bias=False)
 
-    def forward(self, x_BTD: Tensor, state: BlockState, tokens: Tokens) -> tuple[Tensor, BlockState]:
-        """Returns the mixed tokens, and the fast weights (and convolution tail where it is kept) after
-        them."""
-        q, k, v, tail = self._queries_keys_values(x_BTD, state.tail, tokens, with_queries=True)
+    def forward(
+        self, x_BTD: Tensor, state: BlockState, tokens: Tokens, is_read: bool = True
+    ) -> tuple[Tensor | None, BlockState]:
+        """Returns the mixed tokens (None where nobody reads them), and the fast weights (and convolution tail
+        where it is kept) after them."""
+        q, k, v, tail = self._queries_keys_values(x_BTD, state.tail, tokens, is_read or tokens.keeps_tail)
         gates = self._gates(x_BTD, tokens)
-        out, written = memory.apply(q, k, v, *gates, _fast_weights(state), rule=self.rule)
+        out, written = memory.apply(
+            q if is_read else None, k, v, *gates, _fast_weights(state), rule=self.rule
+        )
+        if not is_read:
+            return None, BlockState(written, tail)
         gate = F.silu(self.g_proj(x_BTD)).unflatten(-1, (-1, self.value_dim))
         return self.o_proj((self.o_norm(out) * gate).flatten(2)), BlockState(written, tail)
-
-    def write(self, x_BTD: Tensor, state: BlockState, tokens: Tokens) -> BlockState:
-        """Only the state after these tokens, where nobody reads the output."""
-        _, k, v, tail = self._queries_keys_values(x_BTD, state.tail, tokens, with_queries=tokens.keeps_tail)
-        gates = self._gates(x_BTD, tokens)
-        _, written = memory.apply(None, k, v, *gates, _fast_weights(state), rule=self.rule)
-        return BlockState(written, tail)
 
     def _queries_keys_values(
         self, x_BTD: Tensor, tail: Tensor | None, tokens: Tokens, with_queries: bool
@@ -80,13 +80,11 @@ class FastWeight(nn.Module):
     def _gates(self, x_BTD: Tensor, tokens: Tokens) -> tuple[Tensor, Tensor]:
         """Log decay and write strength ``[B, T, H]`` (method: a = exp(-exp(A_log) softplus(W_a x +
         dt_bias)))."""
-        with torch.autocast(x_BTD.device.type, enabled=False):
-            x = x_BTD.to(memory.state_dtype(x_BTD.dtype))
-            beta = torch.sigmoid(F.linear(x, self.b_proj.weight.to(x.dtype)))
-            log_decay = torch.zeros_like(beta)
-            if memory.RULES[self.rule].decays:
-                logits = F.linear(x, self.a_proj.weight.to(x.dtype)) + self.dt_bias.to(x.dtype)
-                log_decay = -self.A_log.to(x.dtype).exp() * F.softplus(logits)
+        beta = torch.sigmoid(self.b_proj(x_BTD))
+        log_decay = torch.zeros_like(beta)
+        if memory.RULES[self.rule].decays:
+            rates = F.softplus(self.a_proj(x_BTD) + self.dt_bias.to(beta.dtype))
+            log_decay = -self.A_log.to(beta.dtype).exp() * rates
         if self.negative_eigenvalues:
             beta = 2 * beta
         if tokens.valid is not None:

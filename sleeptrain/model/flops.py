@@ -11,7 +11,7 @@ from typing import NamedTuple
 from sleeptrain.config import BlockSpec, ModelConfig, SleepConfig
 from sleeptrain.memory import RULES
 from sleeptrain.memory.chunked import chunk_tokens
-from sleeptrain.model.sleep import Visit, Window, plan, segments_of
+from sleeptrain.model.visits import Visit, Window, plan, segments_of
 
 FLOAT32_BYTES = 4
 

@@ -29,14 +29,15 @@ class Block(nn.Module):
         self.mlp_norm = RMSNorm(config.d_model, config.norm_eps)
         self.mlp = GatedMLP(config.d_model, config.mlp_hidden)
 
-    def forward(self, h_BTD: Tensor, state: BlockState, tokens: Tokens) -> tuple[Tensor, BlockState]:
-        mixed, state = self.mixer(self.mixer_norm(h_BTD), state, tokens)
+    def forward(
+        self, h_BTD: Tensor, state: BlockState, tokens: Tokens, is_read: bool = True
+    ) -> tuple[Tensor, BlockState]:
+        """Where nobody reads the output, h comes back as it came and only the state is computed."""
+        mixed, state = self.mixer(self.mixer_norm(h_BTD), state, tokens, is_read)
+        if mixed is None:
+            return h_BTD, state
         h_BTD = h_BTD + mixed
         return h_BTD + self.mlp(self.mlp_norm(h_BTD)), state
-
-    def write(self, h_BTD: Tensor, state: BlockState, tokens: Tokens) -> BlockState:
-        """Only what the block remembers, where nobody reads its output."""
-        return self.mixer.write(self.mixer_norm(h_BTD), state, tokens)
 
 
 class HybridStack(nn.Module):
@@ -56,37 +57,37 @@ class HybridStack(nn.Module):
         """Zero fast weights, empty caches: the state before a sequence."""
         states = [BlockState()] * len(self.blocks)
         for i, mixer in self.fast_weight_mixers():
-            weight = mixer.b_proj.weight  # one row per value head
-            shape = (num_sequences, len(weight), mixer.key_dim, mixer.value_dim)
+            weight = mixer.b_proj.weight
+            shape = (num_sequences, mixer.num_heads, mixer.key_dim, mixer.value_dim)
             memory = torch.zeros(shape, dtype=state_dtype(weight.dtype), device=weight.device)
             states[i] = BlockState(memory=memory)
         return tuple(states)
 
     def forward(
-        self, h_BTD: Tensor, state: State, tokens: Tokens, blocks: range, checkpoint_blocks: bool = False
+        self,
+        h_BTD: Tensor,
+        state: State,
+        tokens: Tokens,
+        blocks: range,
+        is_read: bool = True,
+        checkpoint_blocks: bool = False,
     ) -> tuple[Tensor, State]:
-        """One pass of ``blocks`` over the tokens; the state of the other blocks is returned as it came."""
+        """One pass of ``blocks`` over the tokens; the state of the other blocks is returned as it came.
+
+        Where nobody reads the output, the pass stops inside the last block that remembers anything.
+        """
         new_state = list(state)
-        for i in blocks:
+        writers = [i for i in blocks if self.remembers(i, tokens.keeps_cache)]
+        last = blocks.stop if is_read else max(writers, default=blocks.start - 1) + 1
+        for i in range(blocks.start, last):
+            arguments = (h_BTD, new_state[i], tokens, is_read or i < last - 1)
             if checkpoint_blocks and torch.is_grad_enabled():
                 h_BTD, new_state[i] = checkpoint(
-                    self.blocks[i], h_BTD, state[i], tokens, use_reentrant=False, preserve_rng_state=False
+                    self.blocks[i], *arguments, use_reentrant=False, preserve_rng_state=False
                 )
             else:
-                h_BTD, new_state[i] = self.blocks[i](h_BTD, state[i], tokens)
+                h_BTD, new_state[i] = self.blocks[i](*arguments)
         return h_BTD, tuple(new_state)
-
-    def write(
-        self, h_BTD: Tensor, state: State, tokens: Tokens, blocks: range, checkpoint_blocks: bool = False
-    ) -> State:
-        """A pass whose output nobody reads: it stops inside the last block that remembers anything."""
-        writers = [i for i in blocks if self.remembers(i, tokens.keeps_cache)]
-        if not writers:
-            return state
-        before = range(blocks.start, writers[-1])
-        h_BTD, state = self(h_BTD, state, tokens, before, checkpoint_blocks)
-        last = self.blocks[writers[-1]].write(h_BTD, state[writers[-1]], tokens)
-        return (*state[: writers[-1]], last, *state[writers[-1] + 1 :])
 
     def remembers(self, block: int, keeps_cache: bool) -> bool:
         """Whether the block leaves anything behind: fast weights always, attention where its cache

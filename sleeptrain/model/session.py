@@ -13,8 +13,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from sleeptrain.model.sleep import SleepModel, require_passes, segments_of
+from sleeptrain.model.sleep import SleepModel
 from sleeptrain.model.state import State
+from sleeptrain.model.visits import require_passes, segments_of
 from sleeptrain.model.window_state import Passes
 
 
@@ -71,29 +72,27 @@ def sleep(model: SleepModel, session: Session, num_passes: int) -> Session:
     ids = session.hidden.new_zeros(session.hidden.shape[:2], dtype=torch.long)
     tokens = model.tokens(ids, valid=None)
     segments = segments_of(model.config)
-    passes = Passes(session.start, model.sleep)
+    passes = Passes.opening(session.start)
     # Reading was pass 1. What the coda wrote awake is provisional where the coda runs once, after pass N.
     coda_again = "coda" in segments and model.sleep.schedule == "consolidate_or_predict"
     for name, blocks in segments.items():
         if not (name == "coda" and coda_again):
-            passes.record(blocks, session.state)
+            passes = passes.record(blocks, session.state)
     h = session.hidden
     for n in range(2, num_passes + 1):
         h = model.final_norm(h) if model.sleep.norm_between_passes else h
         before = passes.begin(n, awake=False)
-        if n < num_passes or coda_again:
-            h, after = model.stack(h, before, tokens, segments["core"])
-        else:
-            after = model.stack.write(h, before, tokens, segments["core"])
-        passes.record(segments["core"], after)
+        h, after = model.stack(h, before, tokens, segments["core"], is_read=n < num_passes or coda_again)
+        passes = passes.record(segments["core"], after)
     if coda_again:
         before = passes.begin(num_passes, awake=False)
-        passes.record(segments["coda"], model.stack.write(h, before, tokens, segments["coda"]))
-    return _open(model, passes.end(tokens), session.hidden[:, :0])
+        _, after = model.stack(h, before, tokens, segments["coda"], is_read=False)
+        passes = passes.record(segments["coda"], after)
+    return _open(model, passes.end(tokens, model.sleep), session.hidden[:, :0])
 
 
 def _open(model: SleepModel, start: State, hidden: Tensor) -> Session:
-    return Session(start, Passes(start, model.sleep).begin(1, awake=True), hidden)
+    return Session(start, Passes.opening(start).begin(1, awake=True), hidden)
 
 
 def _read(model: SleepModel, session: Session, ids: Tensor) -> tuple[Tensor, Session]:

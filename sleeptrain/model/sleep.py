@@ -1,15 +1,14 @@
-"""The sleep loop: windows and passes as a list of visits, and the loss (method: paper section 3).
+"""The sleep loop: the walk over the visits of a batch, and the loss (method: paper section 3).
 
-A sequence is cut into windows of at most L tokens. A window that the model sleeps on is passed over N times,
-h and the fast weights both carried from pass to pass; at its end h and the KV cache are dropped and only the
-state crosses the border. ``plan`` writes this down as data; ``SleepModel`` walks it. The pipeline and the
-FLOP counter read the same list.
+``visits.py`` says which window passes through which blocks how often; here it is done. One process walks all
+visits in a row (``SleepModel.forward``); a stage of a pipeline holds a part of the blocks and takes the same
+steps one by one (``Walk.visit``).
 
 Shape letters: B batch, T tokens, D model width, W windows, V vocabulary.
 """
 
 from collections.abc import Sequence
-from typing import Literal, NamedTuple, Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -22,30 +21,8 @@ from sleeptrain.model.hybrid import HybridStack
 from sleeptrain.model.init import initialise
 from sleeptrain.model.layers import RMSNorm, rotary_table
 from sleeptrain.model.state import State, Tokens, reset
+from sleeptrain.model.visits import Visit, Window, cut, plan, require_passes, segments_of
 from sleeptrain.model.window_state import Passes
-from sleeptrain.schema import ConfigError
-
-Segment = Literal["prelude", "core", "coda"]
-
-
-class Window(NamedTuple):
-    """Tokens ``start..stop`` of each sequence, and whether any of them has a loss."""
-
-    start: int
-    stop: int
-    has_loss: bool
-
-
-class Visit(NamedTuple):
-    """One trip of a window through a segment. ``has_loss``: the head reads the result; ``is_read``: somebody
-    does; ``is_kept``: checkpointing per pass leaves its activations in memory."""
-
-    window: int
-    pass_number: int
-    segment: Segment
-    has_loss: bool
-    is_read: bool
-    is_kept: bool = False
 
 
 class Batch(Protocol):
@@ -73,8 +50,8 @@ class Output(NamedTuple):
 
 
 class PassTrace(NamedTuple):
-    """Norms of the fast weights after a pass and of their change by it, averaged over sequences and
-    blocks."""
+    """Squared norms of the fast weights after a pass and of their change by it, ``[blocks, B]``, over the
+    heads held here."""
 
     window: int
     pass_number: int
@@ -82,106 +59,34 @@ class PassTrace(NamedTuple):
     update: Tensor
 
 
-def require_passes(num_passes: int, config: ModelConfig) -> None:
-    """Raises ConfigError for an N below 1, or above 1 where no looped block has fast weights to write."""
-    if num_passes < 1:
-        raise ConfigError(f"num_passes={num_passes} is below 1; reading a window is already pass 1")
-    if num_passes > 1 and not any(block.is_fast_weight for block in config.core_blocks):
-        raise ConfigError(
-            f"num_passes={num_passes} needs a gdn or jet block among the looped blocks, and model.pattern="
-            f"{config.pattern!r} has none there; use num_passes=1"
-        )
+class CrossEntropy(nn.Module):
+    """What is asked of the logits ``[B, T, V]``, in one place for the sake of a vocabulary that is split."""
 
+    def forward(self, logits: Tensor, targets: Tensor) -> Tensor:
+        """Nats per token ``[B, T]``; may overwrite ``logits``."""
+        return F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none").view_as(targets)
 
-def segments_of(config: ModelConfig) -> dict[Segment, range]:
-    """Block ranges of the segments that hold any block."""
-    core_stop = len(config.blocks) - config.coda_blocks
-    ranges: dict[Segment, range] = {
-        "prelude": range(0, config.prelude_blocks),
-        "core": range(config.prelude_blocks, core_stop),
-        "coda": range(core_stop, len(config.blocks)),
-    }
-    return {name: blocks for name, blocks in ranges.items() if blocks}
-
-
-def cut(sequence_tokens: int, window_tokens: int, windows_with_loss: Sequence[bool]) -> list[Window]:
-    """Windows of ``window_tokens`` (0: one single window), the last one as short as it comes."""
-    length = window_tokens or sequence_tokens
-    starts = range(0, sequence_tokens, length)
-    return [Window(s, min(s + length, sequence_tokens), loss) for s, loss in zip(starts, windows_with_loss)]
-
-
-def plan(
-    windows: Sequence[Window],
-    num_passes: int,
-    config: ModelConfig,
-    sleep: SleepConfig,
-) -> list[Visit]:
-    """The visits of a sequence in order, without those whose output and state nobody reads."""
-    last_with_loss = max((i for i, w in enumerate(windows) if w.has_loss), default=-1)
-    segments = segments_of(config)
-    visits: list[Visit] = []
-    for i, window in enumerate(windows[: last_with_loss + 1]):
-        order = _passes(window, num_passes if i < last_with_loss else 1, sleep.schedule)
-        steps = [(n, name) for n, name in order if name in segments]
-        visits += _without_dead(i, steps, window.has_loss, segments, config, sleep.eviction == "sliding")
-    return _with_kept(visits, windows, segments)
-
-
-def _with_kept(visits: list[Visit], windows: Sequence[Window], segments: dict[Segment, range]) -> list[Visit]:
-    """Marks the visits at the end: as many as hold together at most 1.5 times what the longest visit holds.
-
-    Their backward pass comes before any visit is recomputed, so keeping them hardly raises the peak.
-    """
-    sizes = [(windows[v.window].stop - windows[v.window].start) * len(segments[v.segment]) for v in visits]
-    room, marked = 1.5 * max(sizes, default=0), []
-    for visit, size in zip(reversed(visits), reversed(sizes)):
-        room -= size
-        marked.append(visit._replace(is_kept=room >= 0))
-    return marked[::-1]
-
-
-def _passes(window: Window, num_passes: int, schedule: str) -> list[tuple[int, Segment]]:
-    """(pass, segment) of a window that is followed by another one, dead visits included."""
-    awake: list[tuple[int, Segment]] = [(1, "prelude"), (1, "core"), (1, "coda")]
-    again: list[tuple[int, Segment]] = [(n, "core") for n in range(2, num_passes + 1)]
-    if schedule == "predict_then_consolidate":
-        return awake + again
-    return awake if window.has_loss else [*awake[:2], *again, (num_passes, "coda")]
-
-
-def _without_dead(
-    index: int,
-    steps: list[tuple[int, Segment]],
-    has_loss: bool,
-    segments: dict[Segment, range],
-    config: ModelConfig,
-    keeps_cache: bool,
-) -> list[Visit]:
-    """Walks a window's steps backward: a step stays if its output is read or it writes state."""
-    blocks, kept = config.blocks, []
-    core_is_read = False  # whether a later step of this window starts from what the core left
-    head_step = max((k for k, (n, _) in enumerate(steps) if n == 1), default=-1) if has_loss else -1
-    for k in reversed(range(len(steps))):
-        pass_number, segment = steps[k]
-        is_read = k == head_step or (segment != "coda" and core_is_read)
-        if is_read or any(blocks[b].is_fast_weight or keeps_cache for b in segments[segment]):
-            kept.append(Visit(index, pass_number, segment, k == head_step, is_read))
-            core_is_read = True
-    return kept[::-1]
+    def predict(self, logits: Tensor) -> Tensor:
+        """The most likely ids ``[B, T]``."""
+        return logits.argmax(-1)
 
 
 class SleepModel(nn.Module):
-    """Embedding, stack, final norm and head, and the walk over the visits. N is an argument of
-    ``forward``."""
+    """Embedding, stack, final norm and head. N is an argument of ``forward``.
+
+    ``held`` are the blocks of each segment that are here: all of them, or a stage's part, which may lack
+    embedding and head, too.
+    """
 
     def __init__(self, config: ModelConfig, sleep: SleepConfig, vocab_size: int, seed: int = 0) -> None:
         super().__init__()
         self.config, self.sleep = config, sleep
+        self.held, self.holds_embedding, self.holds_head = segments_of(config), True, True
         self.embed = nn.Embedding(vocab_size, config.d_model)
         self.stack = HybridStack(config)
         self.final_norm = RMSNorm(config.d_model, config.norm_eps)
         self.head = nn.Linear(config.d_model, vocab_size, bias=False)
+        self.cross_entropy = CrossEntropy()
         if config.tie_embeddings:
             self.head.weight = self.embed.weight
         if sleep.learned_initial_state:
@@ -189,6 +94,11 @@ class SleepModel(nn.Module):
             learned = {str(i): nn.Parameter(s.memory[0]) for i, s in starts if s.memory is not None}
             self.initial_memory = nn.ParameterDict(learned)
         initialise(self, config, seed)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of losses, positions and fast weights: at least float32."""
+        return state_dtype(next(self.parameters()).dtype)
 
     def initial_state(self, num_sequences: int) -> State:
         """The state before a sequence: zero or learned fast weights, nothing else."""
@@ -209,71 +119,17 @@ class SleepModel(nn.Module):
         trace: list[PassTrace] | None = None,
     ) -> Output:
         """Walks the visits of a batch; ``trace`` collects the norms of S of every pass that writes it."""
-        require_passes(num_passes, self.config)
-        windows = self.windows(batch)
-        visits = plan(windows, num_passes, self.config, self.sleep)
-        state = self.initial_state(len(batch.ids)) if state is None else state
-        nll = torch.zeros(
-            batch.ids.shape, dtype=state_dtype(self.embed.weight.dtype), device=batch.ids.device
-        )
-        predictions = torch.zeros_like(batch.ids)
-        loss_sum = nll.new_zeros(())
-        for i, window in enumerate(windows):
-            here = [visit for visit in visits if visit.window == i]
-            if not here:  # nobody reads what it would leave
-                continue
-            span = slice(window.start, window.stop)
-            if batch.reset_state is not None:
-                state = reset(state, batch.reset_state[:, i], self.initial_state(len(batch.ids)))
-            valid = None if batch.valid is None else batch.valid[:, span]
-            h, state = self.run_window(batch.ids[:, span], valid, state, here, trace)
-            if h is not None:
-                logits = self.logits(h)
-                losses = F.cross_entropy(
-                    logits.flatten(0, 1), batch.targets[:, span].flatten(), reduction="none"
-                )
-                losses = losses.view_as(logits[..., 0]) * batch.loss_mask[:, span]
-                loss_sum = loss_sum + losses.sum()
-                nll[:, span], predictions[:, span] = losses.detach(), logits.argmax(-1)
-        return Output(loss_sum, nll, predictions, state)
+        walk = Walk(self, batch, num_passes, state, trace)
+        loss_sum, h = walk.nll.new_zeros(()), walk.nll  # the first visit reads the embeddings instead
+        for index in range(len(walk.visits)):
+            h, loss = walk.visit(index, h)
+            loss_sum = loss_sum if loss is None else loss_sum + loss
+        return Output(loss_sum, walk.nll, walk.predictions, walk.carry.passes.start)
 
     def logits(self, h_BTD: Tensor) -> Tensor:
         """Final norm and head, ``[B, T, V]`` in at least float32."""
         logits = self.head(self.final_norm(h_BTD))
         return logits.to(state_dtype(logits.dtype))
-
-    def run_window(
-        self,
-        ids: Tensor,
-        valid: Tensor | None,
-        start: State,
-        visits: Sequence[Visit],
-        trace: list[PassTrace] | None = None,
-    ) -> tuple[Tensor | None, State]:
-        """All visits of one window from the state at its start; returns what the head reads, and the state
-        after."""
-        tokens = self.tokens(ids, valid)
-        passes = Passes(start, self.sleep)
-        predicts = any(visit.has_loss for visit in visits)
-        num_cut = visits[-1].pass_number - self.sleep.backprop_passes if self.sleep.backprop_passes else 0
-        h, for_head, pass_number = self.embed(ids), None, 1
-        for visit in visits:
-            if visit.segment == "core" and visit.pass_number > pass_number:
-                pass_number = visit.pass_number
-                h = self.final_norm(h) if self.sleep.norm_between_passes else h
-                if pass_number == num_cut + 1:
-                    h = h.detach()
-                    passes.cut_gradient()
-            awake = predicts and visit.pass_number == 1
-            before = passes.begin(visit.pass_number, awake)
-            with torch.set_grad_enabled(torch.is_grad_enabled() and (awake or visit.pass_number > num_cut)):
-                left, after = self._visit(h, before, tokens, visit)
-            passes.record(segments_of(self.config)[visit.segment], after)
-            if trace is not None:
-                trace += _norms(visit, before, after)
-            h = left if visit.segment != "coda" else h
-            for_head = left if visit.has_loss else for_head
-        return for_head, passes.end(tokens)
 
     def tokens(self, ids: Tensor, valid: Tensor | None, start: Tensor | int = 0) -> Tokens:
         """Positions of real tokens from ``start``, and what a mixer has to know beside."""
@@ -281,26 +137,115 @@ class SleepModel(nn.Module):
             positions = torch.arange(ids.shape[1], device=ids.device)[None]
         else:
             positions = valid.cumsum(1) - 1
-        dtype = self.embed.weight.dtype
-        table = rotary_table(positions + start, self.config.attention_head_dim, self.config.rope_theta, dtype)
+        positions = positions + start
+        table = rotary_table(positions, self.config.attention_head_dim, self.config.rope_theta, self.dtype)
         length = self.sleep.window_tokens or ids.shape[1]
         sliding = self.sleep.eviction == "sliding"
-        return Tokens(positions + start, valid, table, length, sliding, self.sleep.carries_convolution)
+        return Tokens(positions, valid, table, length, sliding, self.sleep.carries_convolution)
 
-    def _visit(self, h: Tensor, state: State, tokens: Tokens, visit: Visit) -> tuple[Tensor, State]:
-        """One segment; recomputed in the backward pass per pass and per block as the config asks."""
-        blocks = segments_of(self.config)[visit.segment]
-        mode = self.sleep.activation_checkpointing
+    def run(self, h: Tensor, state: State, tokens: Tokens, visit: Visit) -> tuple[Tensor, State]:
+        """The blocks held here of one visit; recomputed in the backward pass as the config asks."""
+        blocks, mode = self.held.get(visit.segment, range(0)), self.sleep.activation_checkpointing
         per_block = mode in ("block", "both")
-
-        def run(h: Tensor, state: State) -> tuple[Tensor, State]:
-            if visit.is_read:
-                return self.stack(h, state, tokens, blocks, per_block)
-            return h, self.stack.write(h, state, tokens, blocks, per_block)
-
+        behind = range(blocks.stop, segments_of(self.config)[visit.segment].stop)
+        is_read = visit.is_read or any(self.stack.remembers(i, tokens.keeps_cache) for i in behind)
+        arguments = (h, state, tokens, blocks, is_read, per_block)
         if mode in ("pass", "both") and torch.is_grad_enabled() and not visit.is_kept:
-            return checkpoint(run, h, state, use_reentrant=False, preserve_rng_state=False)
-        return run(h, state)
+            return checkpoint(self.stack, *arguments, use_reentrant=False, preserve_rng_state=False)
+        return self.stack(*arguments)
+
+
+class Carry(NamedTuple):
+    """All that one visit leaves to the next: what the blocks hold, and what the core left to its next pass
+    where the coda comes in between."""
+
+    passes: Passes
+    core_left: Tensor | None = None
+
+
+class Walk:
+    """One batch on its way through the visits.
+
+    What lasts is ``carry`` alone, so that a schedule may take other batches in between, and cut the gradient
+    there. ``nll`` and ``predictions`` ``[B, T]`` fill up where the head is held (``predictions`` without
+    gradients only).
+    """
+
+    def __init__(
+        self,
+        model: SleepModel,
+        batch: Batch,
+        num_passes: int,
+        state: State | None = None,
+        trace: list[PassTrace] | None = None,
+    ) -> None:
+        require_passes(num_passes, model.config)
+        self.model, self.batch, self.trace = model, batch, trace
+        self.windows = model.windows(batch)
+        self.visits = plan(self.windows, num_passes, model.config, model.sleep)
+        initial = model.initial_state(len(batch.ids)) if state is None else state
+        self.carry = Carry(Passes.opening(initial))
+        self.nll = torch.zeros(batch.ids.shape, dtype=model.dtype, device=batch.ids.device)
+        self.predictions = torch.zeros_like(batch.ids)
+
+    def visit(self, index: int, arrived: Tensor) -> tuple[Tensor, Tensor | None]:
+        """One visit: ``arrived`` is what the visit before left, or the stage before; returns what this one
+        leaves, and the summed loss of its window where it has one and the head is here."""
+        visit = self.visits[index]
+        if index == 0 or self.visits[index - 1].window != visit.window:
+            self._open(visit.window)
+        awake = self.predicts and visit.pass_number == 1
+        if self._starts_gradient(visit):
+            self.carry = self.carry._replace(passes=self.carry.passes.cut_gradient())
+        h = self._enter(index, arrived) if self.model.holds_embedding else arrived
+        before = self.carry.passes.begin(visit.pass_number, awake)
+        with torch.set_grad_enabled(torch.is_grad_enabled() and (awake or visit.pass_number > self.num_cut)):
+            left, after = self.model.run(h, before, self.tokens, visit)
+        held = self.model.held.get(visit.segment, range(0))
+        self.carry = self.carry._replace(passes=self.carry.passes.record(held, after))
+        if self.trace is not None:
+            self.trace += _norms(visit, before, after)
+        loss = self._loss(left) if visit.has_loss and self.model.holds_head else None
+        if index + 1 == len(self.visits) or self.visits[index + 1].window != visit.window:
+            self.carry = Carry(Passes.opening(self.carry.passes.end(self.tokens, self.model.sleep)))
+        return left, loss
+
+    def _open(self, window: int) -> None:
+        self.span = slice(self.windows[window].start, self.windows[window].stop)
+        here = [visit for visit in self.visits if visit.window == window]
+        self.predicts = any(visit.has_loss for visit in here)
+        backprop = self.model.sleep.backprop_passes
+        self.num_cut = here[-1].pass_number - backprop if backprop else 0
+        batch = self.batch
+        valid = None if batch.valid is None else batch.valid[:, self.span]
+        self.tokens = self.model.tokens(batch.ids[:, self.span], valid)
+        if batch.reset_state is not None:
+            initial = self.model.initial_state(len(batch.ids))
+            start = reset(self.carry.passes.start, batch.reset_state[:, window], initial)
+            self.carry = Carry(Passes.opening(start))
+
+    def _starts_gradient(self, visit: Visit) -> bool:
+        return visit.segment == "core" and visit.pass_number == self.num_cut + 1 > 1
+
+    def _enter(self, index: int, arrived: Tensor) -> Tensor:
+        """What the first block of a visit reads."""
+        visit, core_left = self.visits[index], self.carry.core_left
+        if index == 0 or self.visits[index - 1].window != visit.window:
+            return self.model.embed(self.batch.ids[:, self.span])
+        self.carry = self.carry._replace(core_left=arrived if visit.segment == "coda" else None)
+        if visit.segment != "core" or visit.pass_number == 1:
+            return arrived
+        h = arrived if core_left is None else core_left
+        h = self.model.final_norm(h) if self.model.sleep.norm_between_passes else h
+        return h.detach() if self._starts_gradient(visit) else h
+
+    def _loss(self, h: Tensor) -> Tensor:
+        logits, batch = self.model.logits(h), self.batch
+        if not torch.is_grad_enabled():
+            self.predictions[:, self.span] = self.model.cross_entropy.predict(logits)
+        nll = self.model.cross_entropy(logits, batch.targets[:, self.span]) * batch.loss_mask[:, self.span]
+        self.nll[:, self.span] = nll.detach()
+        return nll.sum()
 
 
 def _norms(visit: Visit, before: State, after: State) -> list[PassTrace]:
@@ -311,6 +256,6 @@ def _norms(visit: Visit, before: State, after: State) -> list[PassTrace]:
     ]
     if not pairs:
         return []
-    norm = torch.stack([new.flatten(1).norm(dim=1).mean() for _, new in pairs]).mean()
-    update = torch.stack([(new - old).flatten(1).norm(dim=1).mean() for old, new in pairs]).mean()
+    norm = torch.stack([new.flatten(1).square().sum(1) for _, new in pairs])
+    update = torch.stack([(new - old).flatten(1).square().sum(1) for old, new in pairs])
     return [PassTrace(visit.window, visit.pass_number, norm, update)]

@@ -77,18 +77,15 @@ class Tokens(NamedTuple):
     keeps_tail: bool
 
 
-def map_state(function: Callable[..., Tensor], *states: State) -> State:
-    """Applies ``function`` to each tensor of a state, or to the corresponding tensors of several."""
-
-    def mapped(*values: Any) -> Any:
-        if values[0] is None:
-            return None
-        if isinstance(values[0], Tensor):
-            return function(*values)
-        fields = (mapped(*inner) for inner in zip(*values))
-        return type(values[0])(*fields) if hasattr(values[0], "_fields") else tuple(fields)
-
-    return mapped(*states)
+def map_tensors(function: Callable[..., Tensor], tree: Any, *others: Any) -> Any:
+    """Applies ``function`` to each tensor in a tree of tuples, or to the corresponding tensors of several;
+    what is no tensor stays as it is in the first."""
+    if isinstance(tree, Tensor):
+        return function(tree, *others)
+    if not isinstance(tree, tuple):
+        return tree
+    fields = [map_tensors(function, *inner) for inner in zip(tree, *others)]
+    return type(tree)(*fields) if hasattr(tree, "_fields") else tuple(fields)
 
 
 def reset(state: State, starts_anew: Tensor, initial: State) -> State:
@@ -98,7 +95,7 @@ def reset(state: State, starts_anew: Tensor, initial: State) -> State:
     def choose(value: Tensor, start: Tensor) -> Tensor:
         return torch.where(starts_anew.view(-1, *[1] * (value.dim() - 1)), start, value)
 
-    cleared = map_state(lambda value: choose(value, torch.zeros_like(value)), state)
+    cleared = map_tensors(lambda value: choose(value, torch.zeros_like(value)), state)
     return tuple(
         new
         if old.memory is None or first.memory is None

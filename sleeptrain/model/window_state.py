@@ -6,25 +6,32 @@ first pass over a window from the tail that the window before left (``carried``;
 later pass from zeros.
 """
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from sleeptrain.config import SleepConfig
-from sleeptrain.model.state import BlockState, KVCache, State, Tokens, map_state
+from sleeptrain.model.state import BlockState, KVCache, State, Tokens, map_tensors
 
 
-class Passes:
-    """The state on its way through the passes of one window, from the state at its start."""
+class Passes(NamedTuple):
+    """The state on its way through the passes of one window.
 
-    def __init__(self, start: State, sleep: SleepConfig) -> None:
-        self.start, self.sleep = start, sleep
-        self.latest = list(start)
-        self.has_run = [False] * len(start)  # of each block, in this window
-        self.caches: list[tuple[KVCache, ...]] = [()] * len(
-            start
-        )  # one per executed pass and block, where they survive
+    ``start``: at the window's start. ``latest``: what the newest visit of each block left; ``has_run``:
+    whether there was one in this window. ``caches``: of each block, one per executed pass, where they
+    survive.
+    """
+
+    start: State
+    latest: State
+    has_run: tuple[bool, ...]
+    caches: tuple[tuple[KVCache, ...], ...]
+
+    @classmethod
+    def opening(cls, start: State) -> "Passes":
+        """Before the first visit of a window."""
+        return cls(start, start, (False,) * len(start), ((),) * len(start))
 
     def begin(self, pass_number: int, awake: bool) -> State:
         """The state with which a pass starts. An awake pass reads what the last pass of the window before
@@ -38,36 +45,40 @@ class Passes:
             for start, latest, has_run in zip(self.start, self.latest, self.has_run)
         )
 
-    def record(self, blocks: range, state: State) -> None:
-        """Takes over what a visit of ``blocks`` left."""
-        for i in blocks:
-            self.latest[i], self.has_run[i] = state[i], True
-            self.caches[i] += state[i].caches
+    def record(self, blocks: range, state: State) -> "Passes":
+        """With what a visit of ``blocks`` left."""
+        return self._replace(
+            latest=tuple(state[i] if i in blocks else old for i, old in enumerate(self.latest)),
+            has_run=tuple(i in blocks or old for i, old in enumerate(self.has_run)),
+            caches=tuple(old + state[i].caches if i in blocks else old for i, old in enumerate(self.caches)),
+        )
 
-    def cut_gradient(self) -> None:
+    def cut_gradient(self) -> "Passes":
         """Truncated backpropagation starts here: the passes before get no gradient, but what the fast weights
         held at the window's start keeps its direct path, so that earlier windows still learn."""
-        for i, (start, latest) in enumerate(zip(self.start, self.latest)):
-            cut = map_state(Tensor.detach, (latest._replace(memory=None),))[0]
-            if latest.memory is not None:
-                cut = cut._replace(memory=_StraightThrough.apply(start.memory, latest.memory))
-            self.latest[i] = cut
-            self.caches[i] = map_state(Tensor.detach, (BlockState(caches=self.caches[i]),))[0].caches
+        latest = []
+        for start, block in zip(self.start, self.latest):
+            without_memory = map_tensors(Tensor.detach, block._replace(memory=None))
+            memory = block.memory
+            if memory is not None:
+                memory = _StraightThrough.apply(start.memory, memory)
+            latest.append(without_memory._replace(memory=memory))
+        return self._replace(latest=tuple(latest), caches=map_tensors(Tensor.detach, self.caches))
 
-    def end(self, tokens: Tokens) -> State:
+    def end(self, tokens: Tokens, sleep: SleepConfig) -> State:
         """What crosses the border: fast weights; tails and caches where the eviction lets them survive."""
-        sliding, carried = self.sleep.eviction == "sliding", self.sleep.carries_convolution
+        sliding = sleep.eviction == "sliding"
         num_tokens = tokens.positions[:, -1] + 1
         states = []
         for latest, caches in zip(self.latest, self.caches):
             memory = latest.memory
-            if memory is not None and self.sleep.detach_state:
+            if memory is not None and sleep.detach_state:
                 memory = memory.detach()
-            surviving = caches if self.sleep.sliding_kv == "per_pass" else caches[-1:]
+            surviving = caches if sleep.sliding_kv == "per_pass" else caches[-1:]
             states.append(
                 BlockState(
                     memory=memory,
-                    tail=latest.tail if carried else None,
+                    tail=latest.tail if sleep.carries_convolution else None,
                     caches=tuple(cache.shifted(num_tokens) for cache in surviving) if sliding else (),
                 )
             )

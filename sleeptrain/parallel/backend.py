@@ -15,11 +15,11 @@ from sleeptrain.schema import ConfigError
 
 
 class StepResult(NamedTuple):
-    """Mean loss per target of a batch, in nats, as a tensor on the device; norms of S per pass where asked
-    for."""
+    """Mean loss per target of a batch, in nats, as a tensor on the device; where asked for, by pass the norms
+    of the fast weights and of their change by it, means over sequences and blocks."""
 
     loss: Tensor
-    trace: list[PassTrace]
+    memory_norms: dict[int, tuple[float, float]]
 
 
 class UpdateResult(NamedTuple):
@@ -63,7 +63,7 @@ class LocalBackend:
                 part_loss = output.loss_sum / num_targets
             part_loss.backward()
             loss += part_loss.detach()
-        return StepResult(loss, trace)
+        return StepResult(loss, mean_norms(trace))
 
     def step(self, lr_factor: float, loss: Tensor) -> UpdateResult:
         """Clips, updates, clears the gradients; leaves weights and optimizer untouched when loss or norm is
@@ -111,6 +111,15 @@ class LocalBackend:
 
     def _autocast(self) -> AbstractContextManager:
         return torch.autocast(self.device.type, torch.bfloat16, enabled=compute_dtype(self) == torch.bfloat16)
+
+
+def mean_norms(trace: list[PassTrace]) -> dict[int, tuple[float, float]]:
+    """By pass, the norm of S and of its change, from squares that hold all heads."""
+    of_passes: dict[int, list[Tensor]] = {}
+    for t in trace:
+        of_passes.setdefault(t.pass_number, []).append(torch.stack([t.norm, t.update]).sqrt().mean((1, 2)))
+    means = {n: torch.stack(pairs).mean(0).tolist() for n, pairs in sorted(of_passes.items())}
+    return {n: (norm, update) for n, (norm, update) in means.items()}
 
 
 def choose_device(setting: str) -> torch.device:

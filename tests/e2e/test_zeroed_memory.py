@@ -15,8 +15,8 @@ from sleeptrain.config import (
 )
 from sleeptrain.data.batch import make_batch
 from sleeptrain.data.stream import TrainStream
-from sleeptrain.model.sleep import SleepModel
-from sleeptrain.model.state import map_state
+from sleeptrain.model.state import map_tensors
+from sleeptrain.model.window_state import Passes
 from sleeptrain.optim.schedule import lr_factor
 from sleeptrain.parallel.backend import LocalBackend
 from sleeptrain.tasks import make_task
@@ -56,13 +56,9 @@ def test_a_trained_model_with_zeroed_fast_weights_guesses(monkeypatch: pytest.Mo
         return float(scores["exact_accuracy"].mean())
 
     assert accuracy() > 0.9
-    run_window = SleepModel.run_window
+    opening = Passes.opening
     monkeypatch.setattr(  # every window starts from nothing
-        SleepModel,
-        "run_window",
-        lambda model, ids, valid, start, *rest: run_window(
-            model, ids, valid, map_state(torch.zeros_like, start), *rest
-        ),
+        Passes, "opening", lambda start: opening(map_tensors(torch.zeros_like, start))
     )
     chance = max(np.mean([(examples.targets[:, -2:] == guess).all(1) for guess in guesses()], axis=1))
     assert accuracy() <= chance + 0.05

@@ -16,7 +16,7 @@ from sleeptrain.config import (
 )
 from sleeptrain.engine.plan_report import human, plan_report, window_notation
 from sleeptrain.model import flops
-from sleeptrain.model.sleep import cut, plan
+from sleeptrain.model.visits import cut, plan
 from sleeptrain.tasks import make_task
 
 SLEEP = SleepConfig(window_tokens=24, num_passes=3)

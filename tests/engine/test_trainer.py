@@ -19,7 +19,7 @@ from sleeptrain.config import (
 from sleeptrain.engine.metrics import read_metrics
 from sleeptrain.engine.trainer import train
 from sleeptrain.model.flops import training_flops
-from sleeptrain.model.sleep import cut, plan
+from sleeptrain.model.visits import cut, plan
 from sleeptrain.optim.schedule import num_passes_at
 
 CONFIG = Config(

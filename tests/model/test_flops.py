@@ -10,7 +10,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from sleeptrain.config import ModelConfig, OptimConfig, SleepConfig
 from sleeptrain.data.batch import Batch
 from sleeptrain.model import flops
-from sleeptrain.model.sleep import SleepModel, Visit, Window, cut, plan
+from sleeptrain.model.sleep import SleepModel
+from sleeptrain.model.visits import Visit, Window, cut, plan
 from sleeptrain.optim.optimizer import MuonAdamW
 
 VOCAB, BATCH = 11, 2

@@ -8,8 +8,9 @@ from plain import WINDOW, assert_same, build, gradients, make, plain_nll
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from sleeptrain.model import plan, window_state
-from sleeptrain.model.state import map_state
+from sleeptrain.model import window_state
+from sleeptrain.model.sleep import Walk
+from sleeptrain.model.state import map_tensors
 
 EVERY_KIND = "attn jet swa:3 gdn"
 CROSSINGS = [
@@ -26,7 +27,7 @@ def label(settings: dict) -> str:
 
 def at_borders(monkeypatch: pytest.MonkeyPatch, change) -> None:
     end = window_state.Passes.end
-    monkeypatch.setattr(window_state.Passes, "end", lambda self, tokens: map_state(change, end(self, tokens)))
+    monkeypatch.setattr(window_state.Passes, "end", lambda self, *rest: map_tensors(change, end(self, *rest)))
 
 
 def of_floats(function):
@@ -65,11 +66,12 @@ def test_hard_eviction_with_reset_leaves_fast_weights_alone() -> None:
 @pytest.mark.parametrize(("sliding_kv", "num_caches"), [("last_pass", 1), ("per_pass", 3)])
 def test_surviving_keys_and_values_are_bounded(sliding_kv: str, num_caches: int) -> None:
     model = build(EVERY_KIND, eviction="sliding", sliding_kv=sliding_kv, schedule="predict_then_consolidate")
-    windows = model.windows(make(2 * WINDOW, [0, 1]))
-    visits = [v for v in plan(windows, 3, model.config, model.sleep) if v.window == 0]
-    ids, state = make(2 * WINDOW, [0, 1]).ids, model.initial_state(2)
-    for _ in range(4):
-        _, state = model.run_window(ids[:, :WINDOW], None, state, visits)
+    walk, h = Walk(model, make(5 * WINDOW, range(5)), 3), torch.empty(0)
+    for index, visit in enumerate(walk.visits):
+        if visit.window == 4:
+            break
+        h, _ = walk.visit(index, h)
+    state = walk.carry.passes.start
     assert [len(s.caches) for s in state] == [num_caches, 0, num_caches, 0]
     assert {c.keys.shape[1] for c in state[0].caches} == {WINDOW - 1}
     assert {c.keys.shape[1] for c in state[2].caches} == {2}
@@ -143,11 +145,11 @@ def test_a_state_can_be_continued_split_and_saved(crossing: dict, tmp_path) -> N
     whole, state = model(batch, 2), model(first, 2).state
     for rows in (slice(0, 2), slice(2, 4)):
         leaves: list[Tensor] = []
-        map_state(lambda x, rows=rows, leaves=leaves: leaves.append(x[rows].contiguous()) or x, state)
+        map_tensors(lambda x, rows=rows, leaves=leaves: leaves.append(x[rows].contiguous()) or x, state)
         save_file({str(i): x for i, x in enumerate(leaves)}, tmp_path / "state.safetensors")
         stored, order = load_file(tmp_path / "state.safetensors"), itertools.count()
-        restored = map_state(lambda _, stored=stored, order=order: stored[str(next(order))], state)
+        restored = map_tensors(lambda _, stored=stored, order=order: stored[str(next(order))], state)
         continued = model(second.rows(rows), 2, state=restored)
         torch.testing.assert_close(continued.nll, whole.nll[rows, WINDOW:], rtol=1e-12, atol=1e-12)
-        expected = map_state(lambda x, rows=rows: x[rows], whole.state)
+        expected = map_tensors(lambda x, rows=rows: x[rows], whole.state)
         torch.testing.assert_close(continued.state, expected, rtol=1e-12, atol=1e-12)

@@ -16,7 +16,8 @@ import torch
 from sleeptrain.config import ModelConfig, SleepConfig
 from sleeptrain.data.batch import Batch
 from sleeptrain.model.flops import pass_ratio
-from sleeptrain.model.sleep import SleepModel, cut
+from sleeptrain.model.sleep import SleepModel
+from sleeptrain.model.visits import cut
 
 VOCAB_SIZE = 64
 POLICIES = ("none", "pass")  # sleep.activation_checkpointing
