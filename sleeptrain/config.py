@@ -303,6 +303,51 @@ class DataConfig:
 
 
 @dataclass(frozen=True)
+class ParallelConfig:
+    """How the run is spread over processes. The result does not depend on it, but for the order of sums."""
+
+    backend: Literal["auto", "local", "megatron_deepspeed"] = setting(
+        "auto", "local: plain torch in one process; auto: that, if there is one process and nothing to split"
+    )
+    tensor_size: int = setting(1, "tensor-parallel degree: heads and channels of each block are split")
+    pipeline_size: int = setting(1, "pipeline stages; each holds a part of prelude, core and coda")
+    data_size: int | None = setting(None, "data-parallel replicas; null: as many as processes allow")
+    sequence_parallel: bool = setting(False, "split tokens over the tensor ranks between blocks")
+    zero_stage: Literal[0, 1, 2, 3] = setting(
+        1, "ZeRO: shard optimizer state (1), and gradients (2), and weights (3) over the replicas"
+    )
+    offload_optimizer: bool = setting(False, "keep optimizer state in host memory (ZeRO 1 and 2)")
+    weights: Literal["float32", "bfloat16"] = setting(
+        "float32", "type of the weights; bfloat16 keeps float32 masters, and norms, A_log, dt_bias in float32"
+    )
+
+    @property
+    def is_local(self) -> bool:
+        """Whether one process of plain torch is meant."""
+        degrees = (self.tensor_size, self.pipeline_size, self.data_size or 1)
+        return self.backend == "local" or (self.backend == "auto" and max(degrees) == 1)
+
+    def __post_init__(self) -> None:
+        _require_positive("parallel", self, ("tensor_size", "pipeline_size"))
+        if self.data_size is not None:
+            _require_positive("parallel", self, ("data_size",))
+        degrees = (self.tensor_size, self.pipeline_size, self.data_size or 1)
+        if self.backend == "local" and max(degrees) > 1:
+            raise ConfigError(
+                f"parallel.backend=local is one process, and the degrees are {degrees}; use parallel.backend=auto"
+            )
+        if self.sequence_parallel and self.tensor_size == 1:
+            raise ConfigError(
+                "parallel.sequence_parallel=true needs parallel.tensor_size above 1; set it, or leave it out"
+            )
+        if self.zero_stage == 3 and self.pipeline_size > 1:
+            raise ConfigError(
+                f"parallel.zero_stage=3 does not work with parallel.pipeline_size={self.pipeline_size}: each visit "
+                "would gather the weights anew; use zero_stage=1 or 2, or pipeline_size=1"
+            )
+
+
+@dataclass(frozen=True)
 class OptimConfig:
     """Muon for the matrices of the blocks, AdamW for everything else; warm-up, stable, linear decay."""
 
@@ -400,6 +445,7 @@ class Config:
     sleep: SleepConfig = field(default_factory=SleepConfig)
     task: TaskConfig = field(default_factory=Rule110Config)
     data: DataConfig = field(default_factory=DataConfig)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)

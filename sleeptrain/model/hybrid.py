@@ -41,7 +41,7 @@ class Block(nn.Module):
 
 
 class HybridStack(nn.Module):
-    """Blocks by the pattern of the config."""
+    """Blocks by the pattern of the config; a stage of a pipeline has None in place of those of others."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -51,7 +51,8 @@ class HybridStack(nn.Module):
 
     def fast_weight_mixers(self) -> list[tuple[int, FastWeight]]:
         """(block index, mixer) of each block that has fast weights."""
-        return [(i, b.mixer) for i, b in enumerate(self.blocks) if isinstance(b.mixer, FastWeight)]
+        here = [(i, block) for i, block in enumerate(self.blocks) if block is not None]
+        return [(i, block.mixer) for i, block in here if isinstance(block.mixer, FastWeight)]
 
     def initial_state(self, num_sequences: int) -> State:
         """Zero fast weights, empty caches: the state before a sequence."""

@@ -17,13 +17,15 @@ from sleeptrain.config import ModelConfig
 
 
 def initialise(model: nn.Module, config: ModelConfig, seed: int) -> None:
-    """Draws every parameter of ``model`` in place."""
+    """Draws every parameter of ``model`` in place; those on the meta device stay empty."""
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            parameter.copy_(_draw(name, parameter.shape, config, seed))
+            if not parameter.is_meta:
+                parameter.copy_(draw(name, parameter.shape, config, seed))
 
 
-def _draw(name: str, shape: torch.Size, config: ModelConfig, seed: int) -> Tensor:
+def draw(name: str, shape: torch.Size, config: ModelConfig, seed: int) -> Tensor:
+    """The initial values of one parameter, on the CPU."""
     digest = hashlib.sha256(f"{seed}/{name}".encode()).digest()
     generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
     kind = name.rsplit(".", 1)[-1]

@@ -1,0 +1,278 @@
+"""Tensor parallelism: which weight splits how, and the plain model with its layers replaced accordingly.
+
+Heads of attention and of fast weights are split whole, so S never leaves its rank. A block's input is copied to
+the ranks once, behind its norm, and its output is summed once, in ``o_proj`` and ``down_proj`` (Megatron-LM, arXiv
+1909.08053). With sequence parallelism h is split over tokens between blocks (arXiv 2205.05198), and copy and sum
+become gather and reduce-scatter.
+"""
+
+import fnmatch
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+from megatron.core import ModelParallelConfig
+from megatron.core import tensor_parallel as mcore
+from torch import Tensor, nn
+
+from sleeptrain.config import ModelConfig
+from sleeptrain.model.fast_weight import FastWeight
+from sleeptrain.model.layers import Float32Linear, RMSNorm
+from sleeptrain.model.sleep import CrossEntropy, SleepModel
+from sleeptrain.parallel.topology import Group
+from sleeptrain.schema import ConfigError
+
+Box = tuple[tuple[int, int], ...]  # start and stop in each dimension of a logical tensor
+
+
+class Split(NamedTuple):
+    """How a weight is spread over the tensor ranks: along a dimension, or not at all; ``is_summed``: whole on each
+    rank, but each sees a part of the gradient only."""
+
+    dim: int | None
+    is_summed: bool = False
+
+
+COLUMN = Split(0)  # output channels of a linear map
+ROW = Split(1)  # its input channels
+VOCABULARY = Split(0)
+HEADS = Split(0)  # one entry per head
+CHANNELS = Split(0)  # kernels of a depthwise convolution
+REPLICATED = Split(None)
+SUMMED = Split(None, is_summed=True)
+
+TABLE = (
+    ("embed.weight", VOCABULARY),
+    ("head.weight", VOCABULARY),
+    ("initial_memory.*", HEADS),
+    ("*.mixer.[qkvabg]_proj.weight", COLUMN),
+    ("*.mixer.o_proj.weight", ROW),
+    ("*.mixer.A_log", HEADS),
+    ("*.mixer.dt_bias", HEADS),
+    ("*.mixer.[qkv]_conv", CHANNELS),
+    ("*.mixer.kernel_in.weight", SUMMED),
+    ("*.mixer.kernel_out.*", COLUMN),
+    ("*.mixer.o_norm.weight", SUMMED),
+    ("*.mlp.gate_proj.weight", COLUMN),
+    ("*.mlp.up_proj.weight", COLUMN),
+    ("*.mlp.down_proj.weight", ROW),
+    ("*_norm.weight", REPLICATED),
+)
+
+
+def split_of(name: str, sequence_parallel: bool = False) -> Split:
+    """The table's entry for a weight; KeyError for one that it does not know."""
+    for pattern, split in TABLE:
+        if fnmatch.fnmatchcase(name, pattern):
+            return SUMMED if split == REPLICATED and sequence_parallel else split
+    raise KeyError(f"parallel/tensor.py has no split for the weight {name}; add it to TABLE")
+
+
+def box_of(name: str, shape: torch.Size, rank: int, size: int) -> Box:
+    """What of a logical tensor the tensor rank holds."""
+    dim = split_of(name).dim
+    box = [(0, n) for n in shape]
+    if dim is not None:
+        box[dim] = (shape[dim] * rank // size, shape[dim] * (rank + 1) // size)
+    return tuple(box)
+
+
+def check_tensor_size(config: ModelConfig, vocab_size: int, size: int) -> None:
+    """Raises ConfigError unless heads and vocabulary divide by the tensor-parallel degree."""
+    kinds = {block.kind for block in config.blocks}
+    counts = {"the MLP's width (model.mlp_dim)": config.mlp_hidden, "the vocabulary": vocab_size}
+    if kinds & {"attn", "swa"}:
+        counts |= {"model.num_heads": config.num_heads, "model.num_kv_heads": config.kv_heads}
+    if kinds & {"gdn", "jet"}:
+        counts |= {"model.memory_heads": config.memory_heads, "model.memory_qk_heads": config.qk_heads}
+    for name, count in counts.items():
+        if count % size:
+            remedy = (
+                "set model.vocab_multiple to round it up"
+                if name == "the vocabulary"
+                else "change one of them"
+            )
+            raise ConfigError(f"parallel.tensor_size={size} does not divide {name}={count}; {remedy}")
+
+
+def split_model(model: SleepModel, group: Group, sequence_parallel: bool) -> None:
+    """Replaces layers in place; their weights are allocated anew (on the current device) and not filled."""
+    config = _mcore_config(group.size(), sequence_parallel)
+    for block in model.stack.blocks:
+        if block is None:
+            continue
+        block.mixer_norm = _CopiedNorm(block.mixer_norm, group, sequence_parallel)
+        block.mlp_norm = _CopiedNorm(block.mlp_norm, group, sequence_parallel)
+        for part in (block.mixer, block.mlp):
+            _split_linears(part, config, group)
+        if isinstance(block.mixer, FastWeight):
+            block.mixer.num_heads //= group.size()
+            _split_vectors(block.mixer, group)
+    if model.holds_embedding:
+        model.embed = _Embedding(model.embed, config, group)  # type: ignore[assignment]
+    if model.holds_head:
+        model.head = _Head(model.head, config, group)  # type: ignore[assignment]
+        model.cross_entropy = _CrossEntropy(group)
+    for name, parameter in list(getattr(model, "initial_memory", {}).items()):
+        model.initial_memory[name] = _part_of(parameter, group)
+
+
+def _split_linears(module: nn.Module, config: ModelParallelConfig, group: Group) -> None:
+    for name, child in list(module.named_children()):
+        if not isinstance(child, nn.Linear) or name == "kernel_in":
+            continue
+        if isinstance(child, Float32Linear):  # stays what it is, with fewer rows
+            child.weight = _part_of(child.weight, group)
+            child.out_features = len(child.weight)
+        elif name in ("o_proj", "down_proj"):
+            setattr(module, name, _Row(child, config, group))
+        else:
+            setattr(module, name, _Column(child, group))
+
+
+def _split_vectors(module: nn.Module, group: Group) -> None:
+    for name, parameter in list(module.named_parameters(recurse=False)):
+        setattr(module, name, _part_of(parameter, group))
+
+
+def _part_of(parameter: Tensor, group: Group) -> nn.Parameter:
+    """Room for this rank's rows."""
+    return nn.Parameter(torch.empty_like(parameter[: len(parameter) // group.size()]))
+
+
+def _mcore_config(size: int, sequence_parallel: bool) -> ModelParallelConfig:
+    # use_cpu_initialization: else weights are allocated on cuda; they are filled by model/init.py
+    return ModelParallelConfig(
+        tensor_model_parallel_size=size,
+        sequence_parallel=sequence_parallel,
+        use_cpu_initialization=True,
+        perform_initialization=False,
+    )
+
+
+def _unused(weight: Tensor) -> None:
+    """megatron-core asks for an init method and never calls it: see ``perform_initialization``."""
+
+
+class _CopiedNorm(RMSNorm):
+    """A norm whose output goes to all tensor ranks: its gradient is their sum."""
+
+    def __init__(self, norm: RMSNorm, group: Group, sequence_parallel: bool) -> None:
+        super().__init__(len(norm.weight), norm.eps)
+        self.group, self.sequence_parallel = group, sequence_parallel
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = super().forward(x)
+        if not self.sequence_parallel:
+            return mcore.copy_to_tensor_model_parallel_region(x, self.group)
+        return mcore.gather_from_sequence_parallel_region(_tokens_first(x), group=self.group).transpose(0, 1)
+
+
+class _Column(mcore.ColumnParallelLinear):
+    """Some of the output channels; the copied norm before it sums the gradient of its input."""
+
+    def __init__(self, linear: nn.Linear, group: Group) -> None:
+        super().__init__(
+            linear.in_features,
+            linear.out_features,
+            config=_mcore_config(group.size(), sequence_parallel=False),
+            init_method=_unused,
+            bias=linear.bias is not None,
+            disable_grad_reduce=True,
+            tp_group=group,
+        )
+        self.register_state_dict_post_hook(_without_extra_state)
+        self.out_features = self.output_size_per_partition
+
+    def forward(self, x: Tensor) -> Tensor:  # type: ignore[override]
+        return super().forward(x)[0]
+
+
+class _Row(mcore.RowParallelLinear):
+    """Some of the input channels; the outputs are summed over the ranks."""
+
+    def __init__(self, linear: nn.Linear, config: ModelParallelConfig, group: Group) -> None:
+        super().__init__(
+            linear.in_features,
+            linear.out_features,
+            config=config,
+            init_method=_unused,
+            bias=False,
+            input_is_parallel=True,
+            skip_bias_add=False,
+            tp_group=group,
+        )
+        self.register_state_dict_post_hook(_without_extra_state)
+
+    def forward(self, x: Tensor) -> Tensor:  # type: ignore[override]
+        if not self.sequence_parallel:
+            return super().forward(x)[0]
+        return super().forward(_tokens_first(x))[0].transpose(0, 1)
+
+
+class _Embedding(mcore.VocabParallelEmbedding):
+    """Some of the words."""
+
+    def __init__(self, embedding: nn.Embedding, config: ModelParallelConfig, group: Group) -> None:
+        super().__init__(
+            embedding.num_embeddings,
+            embedding.embedding_dim,
+            init_method=_unused,
+            reduce_scatter_embeddings=config.sequence_parallel,
+            config=config,
+            tp_group=group,
+        )
+
+    def forward(self, ids: Tensor) -> Tensor:  # type: ignore[override]
+        h = super().forward(ids)
+        return h.transpose(0, 1) if self.reduce_scatter_embeddings else h
+
+
+class _Head(mcore.ColumnParallelLinear):
+    """The logits of some of the words."""
+
+    def __init__(self, linear: nn.Linear, config: ModelParallelConfig, group: Group) -> None:
+        super().__init__(
+            linear.in_features,
+            linear.out_features,
+            config=config,
+            init_method=_unused,
+            bias=False,
+            tp_group=group,
+        )
+        self.register_state_dict_post_hook(_without_extra_state)
+
+    def forward(self, h: Tensor) -> Tensor:  # type: ignore[override]
+        if not self.sequence_parallel:
+            return super().forward(h)[0]
+        return super().forward(_tokens_first(h))[0].transpose(0, 1)
+
+
+class _CrossEntropy(CrossEntropy):
+    """Over logits that are split by vocabulary; in float32, whatever they are."""
+
+    def __init__(self, group: Group) -> None:
+        super().__init__()
+        self.group = group
+
+    def forward(self, logits: Tensor, targets: Tensor) -> Tensor:
+        return mcore.vocab_parallel_cross_entropy(logits.contiguous(), targets)
+
+    def predict(self, logits: Tensor) -> Tensor:
+        best, ids = logits.max(dim=-1)
+        ids = ids + self.group.rank() * logits.shape[-1]
+        gathered = [torch.empty_like(best) for _ in range(self.group.size())]
+        dist.all_gather(gathered, best, group=self.group)
+        winner = torch.stack(gathered).argmax(dim=0)
+        ids = ids.masked_fill(winner != self.group.rank(), 0)
+        dist.all_reduce(ids, group=self.group)
+        return ids
+
+
+def _tokens_first(x_BTD: Tensor) -> Tensor:
+    """megatron-core splits dimension 0 over the sequence."""
+    return x_BTD.transpose(0, 1).contiguous()
+
+
+def _without_extra_state(module: nn.Module, state: dict[str, Any], prefix: str, _: Any) -> None:
+    state.pop(f"{prefix}_extra_state", None)

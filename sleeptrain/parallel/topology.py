@@ -1,0 +1,128 @@
+"""Who is where: tensor x pipeline x data ranks and their process groups (megatron-core's).
+
+The launcher (torchrun, srun, Ray) only sets the environment: RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and
+MASTER_PORT. Ranks count tensor first, then data, then pipeline, as megatron-core orders them: the ranks that
+talk most are neighbours.
+"""
+
+import os
+from dataclasses import dataclass
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from sleeptrain.config import ParallelConfig
+from sleeptrain.schema import ConfigError
+
+Group = dist.ProcessGroup
+
+
+@dataclass(frozen=True)
+class Topology:
+    """This process among the others. ``model`` is the group over tensor and pipeline ranks; ``ends`` the first and
+    last stage of this pipeline, None in between; ``host`` all processes, for small tensors on the CPU."""
+
+    device: torch.device
+    tensor: Group
+    pipeline: Group
+    data: Group
+    model: Group
+    ends: Group | None
+    host: Group
+
+    @property
+    def rank(self) -> int:
+        return dist.get_rank()
+
+    @property
+    def world_size(self) -> int:
+        return dist.get_world_size()
+
+    @property
+    def is_first_stage(self) -> bool:
+        return self.pipeline.rank() == 0
+
+    @property
+    def is_last_stage(self) -> bool:
+        return self.pipeline.rank() == self.pipeline.size() - 1
+
+    def barrier(self) -> None:
+        """Waits for all processes."""
+        dist.barrier(group=self.host)
+
+    def any(self, flag: bool) -> bool:
+        """Whether it is true anywhere; the same answer everywhere."""
+        told = torch.tensor([flag], dtype=torch.int32)
+        dist.all_reduce(told, op=dist.ReduceOp.MAX, group=self.host)
+        return bool(told)
+
+
+def world_size_given() -> int:
+    """Processes of this run as the launcher tells; 1 without a launcher."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def join(config: ParallelConfig, device: torch.device, timeout_seconds: float = 600) -> Topology:
+    """Meets the other processes and forms the groups; raises ConfigError when the degrees do not fit their
+    number. Once per process."""
+    from megatron.core import parallel_state
+
+    if not dist.is_initialized():
+        if device.type == "cuda":
+            torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+        backend = "cuda:nccl,cpu:gloo" if device.type == "cuda" else "gloo"
+        for name, value in (
+            ("RANK", "0"),
+            ("WORLD_SIZE", "1"),
+            ("MASTER_ADDR", "127.0.0.1"),
+            ("MASTER_PORT", "0"),
+        ):
+            os.environ.setdefault(name, value)
+        dist.init_process_group(backend, timeout=timedelta(seconds=timeout_seconds))
+    check_world(config, dist.get_world_size())
+    parallel_state.destroy_model_parallel()
+    parallel_state.initialize_model_parallel(
+        config.tensor_size,
+        config.pipeline_size,
+        create_gloo_process_groups=False,
+        distributed_timeout_minutes=max(1, round(timeout_seconds / 60)),
+    )
+    in_ends = parallel_state.is_rank_in_embedding_group(ignore_virtual=True)
+    return Topology(
+        device=torch.device("cuda", torch.cuda.current_device()) if device.type == "cuda" else device,
+        tensor=parallel_state.get_tensor_model_parallel_group(),
+        pipeline=parallel_state.get_pipeline_model_parallel_group(),
+        data=parallel_state.get_data_parallel_group(),
+        model=parallel_state.get_model_parallel_group(),
+        ends=parallel_state.get_embedding_group() if in_ends else None,
+        host=dist.new_group(backend="gloo") if device.type == "cuda" else dist.group.WORLD,
+    )
+
+
+def check_world(config: ParallelConfig, world_size: int) -> int:
+    """The data-parallel degree; raises ConfigError when the degrees do not fit the number of processes."""
+    per_replica = config.tensor_size * config.pipeline_size
+    degrees = f"parallel.tensor_size={config.tensor_size} x parallel.pipeline_size={config.pipeline_size}"
+    if config.data_size is not None and per_replica * config.data_size != world_size:
+        raise ConfigError(
+            f"{degrees} x parallel.data_size={config.data_size} needs {per_replica * config.data_size} processes "
+            f"and there are {world_size}; start that many (torchrun --nproc-per-node), or change the degrees"
+        )
+    if world_size % per_replica:
+        raise ConfigError(
+            f"{degrees} makes replicas of {per_replica} processes, which do not divide the {world_size} that run; "
+            f"start a multiple of {per_replica}, or change the degrees"
+        )
+    return world_size // per_replica
+
+
+def all_reduce_flat(tensors: list[Tensor], group: Group) -> None:
+    """Sums each tensor over the group in place, all of one dtype in one message."""
+    for dtype in dict.fromkeys(t.dtype for t in tensors):
+        of_type = [t for t in tensors if t.dtype == dtype]
+        flat = torch.cat([t.reshape(-1) for t in of_type])
+        dist.all_reduce(flat, group=group)
+        for tensor, part in zip(of_type, flat.split([t.numel() for t in of_type])):
+            tensor.copy_(part.view_as(tensor))
