@@ -334,7 +334,8 @@ class ParallelConfig:
         degrees = (self.tensor_size, self.pipeline_size, self.data_size or 1)
         if self.backend == "local" and max(degrees) > 1:
             raise ConfigError(
-                f"parallel.backend=local is one process, and the degrees are {degrees}; use parallel.backend=auto"
+                f"parallel.backend=local is one process, and the degrees are {degrees}; "
+                "use parallel.backend=auto"
             )
         if self.sequence_parallel and self.tensor_size == 1:
             raise ConfigError(
@@ -342,8 +343,8 @@ class ParallelConfig:
             )
         if self.zero_stage == 3 and self.pipeline_size > 1:
             raise ConfigError(
-                f"parallel.zero_stage=3 does not work with parallel.pipeline_size={self.pipeline_size}: each visit "
-                "would gather the weights anew; use zero_stage=1 or 2, or pipeline_size=1"
+                f"parallel.zero_stage=3 does not go with parallel.pipeline_size={self.pipeline_size}: each "
+                "visit would gather the weights anew; use zero_stage=1 or 2, or pipeline_size=1"
             )
 
 

@@ -30,10 +30,14 @@ class Batch:
     windows_with_loss: tuple[bool, ...]
     num_targets: int
 
-    def rows(self, span: slice) -> "Batch":
+    def rows(self, chosen: slice | Tensor) -> "Batch":
         """Some sequences, with the window plan of the whole; ``num_targets`` is theirs."""
-        part = self._map(lambda x: x[span])
+        part = self._map(lambda x: x[chosen])
         return replace(part, num_targets=int(part.loss_mask.sum()))
+
+    def with_windows(self, windows_with_loss: tuple[bool, ...]) -> "Batch":
+        """The same with the window plan of a larger batch of which it is a part."""
+        return replace(self, windows_with_loss=windows_with_loss)
 
     def to(self, device: torch.device) -> "Batch":
         return self._map(lambda x: x.to(device, non_blocking=True))

@@ -28,12 +28,18 @@ from sleeptrain.model.window_state import Passes
 class Batch(Protocol):
     """What the model reads of a batch (built in ``data/batch.py``); see there for shapes."""
 
-    ids: Tensor
-    targets: Tensor
-    loss_mask: Tensor
-    valid: Tensor | None
-    reset_state: Tensor | None
-    windows_with_loss: Sequence[bool]
+    @property
+    def ids(self) -> Tensor: ...
+    @property
+    def targets(self) -> Tensor: ...
+    @property
+    def loss_mask(self) -> Tensor: ...
+    @property
+    def valid(self) -> Tensor | None: ...
+    @property
+    def reset_state(self) -> Tensor | None: ...
+    @property
+    def windows_with_loss(self) -> Sequence[bool]: ...
 
 
 class Output(NamedTuple):

@@ -77,7 +77,7 @@ class Tokens(NamedTuple):
     keeps_tail: bool
 
 
-def map_tensors(function: Callable[..., Tensor], tree: Any, *others: Any) -> Any:
+def map_tensors(function: Callable[..., Any], tree: Any, *others: Any) -> Any:
     """Applies ``function`` to each tensor in a tree of tuples, or to the corresponding tensors of several;
     what is no tensor stays as it is in the first."""
     if isinstance(tree, Tensor):

@@ -13,9 +13,9 @@ from sleeptrain.optim.muon import Muon
 ADAMW_STATE = ("exp_avg", "exp_avg_sq")
 
 
-def is_muon(name: str, parameter: Tensor) -> bool:
+def is_muon(name: str, shape: torch.Size) -> bool:
     """A matrix of a block; the kernels of a depthwise convolution are no matrix."""
-    return ".blocks." in name and parameter.dim() == 2 and not name.endswith("_conv")
+    return ".blocks." in name and len(shape) == 2 and not name.endswith("_conv")
 
 
 def takes_decay(name: str) -> bool:
@@ -29,9 +29,9 @@ class MuonAdamW:
         self.config = config
         self.names = {id(p): name for name, p in model.named_parameters()}
         named = list(model.named_parameters())
-        rest = [(name, p) for name, p in named if not is_muon(name, p)]
+        rest = [(name, p) for name, p in named if not is_muon(name, p.shape)]
         self.muon = Muon(
-            [{"params": [p for name, p in named if is_muon(name, p)]}],  # type: ignore[list-item]
+            [{"params": [p for name, p in named if is_muon(name, p.shape)]}],  # type: ignore[list-item]
             lr=config.muon_lr,
             momentum=config.muon_momentum,
             num_steps=config.muon_steps,

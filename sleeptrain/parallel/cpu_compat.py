@@ -1,7 +1,8 @@
-"""What megatron-core and DeepSpeed need where there is no CUDA device; nothing of this is entered where there is.
+"""What megatron-core and DeepSpeed need where there is no CUDA device; nothing of this is entered where
+there is.
 
-First the official ways: a TorchFunctionMode for the schedules' ``device="cuda"``, a communicator of our own, a
-compatibility table of DeepSpeed. One function has to be patched, for sequence parallelism alone.
+First the official ways: a TorchFunctionMode for the schedules' ``device="cuda"``, a communicator of our
+own, a compatibility table of DeepSpeed. One function has to be patched, for sequence parallelism alone.
 """
 
 from collections.abc import Callable, Iterator
@@ -31,13 +32,13 @@ def cuda_means_cpu() -> Iterator[None]:
     if torch.cuda.is_available():
         yield
         return
-    with _CudaMeansCpu(), mock.patch("torch.cuda.current_device", lambda: torch.device("cpu")):
+    with _CudaMeansCpu(), mock.patch("torch.cuda.current_device", return_value=torch.device("cpu")):
         yield
 
 
 def prepare_deepspeed() -> None:
-    """Before the first import of ``deepspeed``'s engine: without this it compiles a collective that training does
-    not use, for a minute, and fails where there is no compiler."""
+    """Before the first import of ``deepspeed``'s engine: without this it compiles a collective that
+    training does not use, for a minute, and fails where there is no compiler."""
     import os
 
     if torch.cuda.is_available():

@@ -1,16 +1,17 @@
 """Pipeline parallelism of looped passes: the visits of ``model/visits.py`` over the stages.
 
-Each stage holds a part of each segment, so a visit is one trip round the stages, and the next visit begins where
-it ended: visits are virtual stages that share weights. That is megatron-core's interleaved schedule (arXiv
-2104.04473) with one virtual chunk per visit; a single visit is its plain 1F1B. h travels the ring. What a visit
-leaves to the next on its own stage (fast weights, convolution tails, surviving keys and values) stays there: its
-graph is cut between the two, and an identity on h fetches its gradient from the later visit, whose backward pass
-the schedule runs first.
+Each stage holds a part of each segment, so a visit is one trip round the stages, and the next visit
+begins where it ended: visits are virtual stages that share weights. That is megatron-core's interleaved
+schedule (arXiv 2104.04473) with one virtual chunk per visit; a single visit is its plain 1F1B. h travels
+the ring. What a visit leaves to the next on its own stage (fast weights, convolution tails, surviving
+keys and values) stays there: its graph is cut between the two, and an identity on h fetches its gradient
+from the later visit, whose backward pass the schedule runs first.
 
 With m microbatches, p stages and V visits the idle share is (p - 1) / (m V + p - 1).
 """
 
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -31,13 +32,19 @@ from sleeptrain.parallel.topology import Topology
 class Pipeline:
     """Runs microbatches through the stages, forward and backward."""
 
-    def __init__(self, model: SleepModel, topology: Topology, sequence_parallel: bool, dtype: torch.dtype) -> None:
-        self.model, self.topology, self.dtype = model, topology, dtype
+    def __init__(
+        self,
+        model: SleepModel,
+        topology: Topology,
+        sequence_parallel: bool,
+        autocast: Callable[[], AbstractContextManager],
+    ) -> None:
+        self.model, self.topology, self.autocast = model, topology, autocast
         self.tokens_divisor = topology.tensor.size() if sequence_parallel else 1
         self.groups = ProcessGroupCollection()
         self.groups.tp, self.groups.pp = topology.tensor, topology.pipeline
         self.groups.embd = self.groups.pos_embd = None
-        self.groups.cp = self.groups.dp_cp = _Alone()  # type: ignore[assignment]
+        self.groups.cp = self.groups.dp_cp = _Alone()
 
     def run(
         self,
@@ -47,12 +54,13 @@ class Pipeline:
         forward_only: bool = False,
         trace: list[PassTrace] | None = None,
     ) -> list[Walk]:
-        """Walks all microbatches, of equal shape, over all stages, and adds ``loss_scale`` times the gradient of
-        their summed loss to the parameters here.
+        """Walks all microbatches, of equal shape, over all stages, and adds ``loss_scale`` times the
+        gradient of their summed loss to the parameters here.
 
-        Returns their walks; on the last stage ``nll`` is filled. ``trace`` collects norms of the first one.
+        Returns their walks; on the last stage ``nll`` is filled. ``trace`` collects norms of the first
+        one.
         """
-        trips = _Trips(self.model, microbatches, num_passes, loss_scale, trace)
+        trips = _Trips(self.model, microbatches, num_passes, loss_scale, self.autocast, trace)
         num_visits, windows = len(trips.visits), trips.windows
         tokens = max((w.stop - w.start for w in windows), default=0) // self.tokens_divisor
         config = self._schedule_config(num_visits)
@@ -84,7 +92,7 @@ class Pipeline:
             num_attention_heads=1,
             pipeline_model_parallel_size=self.topology.pipeline.size(),
             virtual_pipeline_model_parallel_size=num_visits if is_interleaved else None,
-            pipeline_dtype=self.dtype,
+            pipeline_dtype=next(self.model.parameters()).dtype,
             overlap_p2p_comm=is_interleaved,  # batched, both directions of two stages would mix
             batch_p2p_comm=not is_interleaved,
             batch_p2p_sync=torch.cuda.is_available(),
@@ -102,13 +110,13 @@ class _Trips:
         microbatches: Sequence[Batch],
         num_passes: int,
         loss_scale: float,
+        autocast: Callable[[], AbstractContextManager],
         trace: list[PassTrace] | None,
     ) -> None:
-        self.model, self.loss_scale = model, loss_scale
-        self.begin: Callable[[int], Walk] = lambda m: Walk(
-            model, microbatches[m], num_passes, trace=trace if m == 0 else None
-        )
-        first = self.begin(0)
+        self.model, self.loss_scale, self.autocast = model, loss_scale, autocast
+        self.begin: Callable[[int], Walk] = lambda m: Walk(model, microbatches[m], num_passes, trace=trace)
+        with torch.no_grad():
+            first = self.begin(0)
         self.visits, self.windows = first.visits, first.windows
         self.walks: list[Walk] = [first] * len(microbatches)
         self.links: list[_Link] = [_Link()] * len(microbatches)
@@ -124,7 +132,8 @@ class _Trips:
         walk, is_final = self.walks[m], index + 1 == len(self.visits)
         window = self.windows[self.visits[index].window]
         h = walk.nll if received is None else self._unpad(received, window.stop - window.start)
-        left, loss = walk.visit(index, h)
+        with self.autocast():
+            left, loss = walk.visit(index, h)
         scaled = None if loss is None else loss * self.loss_scale
         if is_final:
             walk.carry = Carry(walk.carry.passes.opening(()))  # nobody reads what it left

@@ -1,4 +1,5 @@
-"""The part of the model that a process holds: its pipeline stage's blocks, and of these its tensor rank's share.
+"""The part of the model that a process holds: its pipeline stage's blocks, and of these its tensor rank's
+share.
 
 Every logical tensor has the name and the initial values that it has in one process, whatever the degrees.
 """
@@ -18,8 +19,8 @@ from sleeptrain.schema import ConfigError
 
 
 class Held(NamedTuple):
-    """A parameter here: the logical tensor it is a part of, and whether this process is the one to count it (of a
-    weight that first and last stage share, only the first is)."""
+    """A parameter here: the logical tensor it is a part of, and whether this process is the one to count
+    it (of a weight that first and last stage share, only the first is)."""
 
     parameter: nn.Parameter
     name: str
@@ -38,8 +39,8 @@ def blocks_of_stage(config: ModelConfig, stage: int, num_stages: int) -> dict[Se
     num_core = len(ranges["core"])
     if num_core % num_stages:
         raise ConfigError(
-            f"parallel.pipeline_size={num_stages} does not divide the {num_core} looped blocks of model.pattern; "
-            "choose a divisor, or move blocks to model.prelude_blocks or model.coda_blocks"
+            f"parallel.pipeline_size={num_stages} does not divide the {num_core} looped blocks of "
+            "model.pattern; choose a divisor, or move blocks to model.prelude_blocks or model.coda_blocks"
         )
     return {
         name: range(

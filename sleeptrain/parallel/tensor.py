@@ -1,9 +1,9 @@
 """Tensor parallelism: which weight splits how, and the plain model with its layers replaced accordingly.
 
-Heads of attention and of fast weights are split whole, so S never leaves its rank. A block's input is copied to
-the ranks once, behind its norm, and its output is summed once, in ``o_proj`` and ``down_proj`` (Megatron-LM, arXiv
-1909.08053). With sequence parallelism h is split over tokens between blocks (arXiv 2205.05198), and copy and sum
-become gather and reduce-scatter.
+Heads of attention and of fast weights are split whole, so S never leaves its rank. A block's input is
+copied to the ranks once, behind its norm, and its output is summed once, in ``o_proj`` and ``down_proj``
+(Megatron-LM, arXiv 1909.08053). With sequence parallelism h is split over tokens between blocks (arXiv
+2205.05198), and copy and sum become gather and reduce-scatter.
 """
 
 import fnmatch
@@ -26,8 +26,8 @@ Box = tuple[tuple[int, int], ...]  # start and stop in each dimension of a logic
 
 
 class Split(NamedTuple):
-    """How a weight is spread over the tensor ranks: along a dimension, or not at all; ``is_summed``: whole on each
-    rank, but each sees a part of the gradient only."""
+    """How a weight is spread over the tensor ranks: along a dimension, or not at all; ``is_summed``:
+    whole on each rank, but each sees a part of the gradient only."""
 
     dim: int | None
     is_summed: bool = False
@@ -109,9 +109,9 @@ def split_model(model: SleepModel, group: Group, sequence_parallel: bool) -> Non
             block.mixer.num_heads //= group.size()
             _split_vectors(block.mixer, group)
     if model.holds_embedding:
-        model.embed = _Embedding(model.embed, config, group)  # type: ignore[assignment]
+        model.embed = _Embedding(model.embed, config, group)
     if model.holds_head:
-        model.head = _Head(model.head, config, group)  # type: ignore[assignment]
+        model.head = _Head(model.head, config, group)
         model.cross_entropy = _CrossEntropy(group)
     for name, parameter in list(getattr(model, "initial_memory", {}).items()):
         model.initial_memory[name] = _part_of(parameter, group)
@@ -184,7 +184,7 @@ class _Column(mcore.ColumnParallelLinear):
         self.register_state_dict_post_hook(_without_extra_state)
         self.out_features = self.output_size_per_partition
 
-    def forward(self, x: Tensor) -> Tensor:  # type: ignore[override]
+    def forward(self, x: Tensor) -> Tensor:
         return super().forward(x)[0]
 
 
@@ -204,7 +204,7 @@ class _Row(mcore.RowParallelLinear):
         )
         self.register_state_dict_post_hook(_without_extra_state)
 
-    def forward(self, x: Tensor) -> Tensor:  # type: ignore[override]
+    def forward(self, x: Tensor) -> Tensor:
         if not self.sequence_parallel:
             return super().forward(x)[0]
         return super().forward(_tokens_first(x))[0].transpose(0, 1)
@@ -223,7 +223,7 @@ class _Embedding(mcore.VocabParallelEmbedding):
             tp_group=group,
         )
 
-    def forward(self, ids: Tensor) -> Tensor:  # type: ignore[override]
+    def forward(self, ids: Tensor) -> Tensor:
         h = super().forward(ids)
         return h.transpose(0, 1) if self.reduce_scatter_embeddings else h
 
@@ -242,7 +242,7 @@ class _Head(mcore.ColumnParallelLinear):
         )
         self.register_state_dict_post_hook(_without_extra_state)
 
-    def forward(self, h: Tensor) -> Tensor:  # type: ignore[override]
+    def forward(self, h: Tensor) -> Tensor:
         if not self.sequence_parallel:
             return super().forward(h)[0]
         return super().forward(_tokens_first(h))[0].transpose(0, 1)

@@ -21,8 +21,9 @@ Group = dist.ProcessGroup
 
 @dataclass(frozen=True)
 class Topology:
-    """This process among the others. ``model`` is the group over tensor and pipeline ranks; ``ends`` the first and
-    last stage of this pipeline, None in between; ``host`` all processes, for small tensors on the CPU."""
+    """This process among the others. ``model`` is the group over tensor and pipeline ranks; ``ends`` the
+    first and last stage of this pipeline, None in between; ``host`` all processes, for small tensors on
+    the CPU."""
 
     device: torch.device
     tensor: Group
@@ -97,7 +98,7 @@ def join(config: ParallelConfig, device: torch.device, timeout_seconds: float = 
         data=parallel_state.get_data_parallel_group(),
         model=parallel_state.get_model_parallel_group(),
         ends=parallel_state.get_embedding_group() if in_ends else None,
-        host=dist.new_group(backend="gloo") if device.type == "cuda" else dist.group.WORLD,
+        host=dist.new_group(backend="gloo"),
     )
 
 
@@ -107,13 +108,14 @@ def check_world(config: ParallelConfig, world_size: int) -> int:
     degrees = f"parallel.tensor_size={config.tensor_size} x parallel.pipeline_size={config.pipeline_size}"
     if config.data_size is not None and per_replica * config.data_size != world_size:
         raise ConfigError(
-            f"{degrees} x parallel.data_size={config.data_size} needs {per_replica * config.data_size} processes "
-            f"and there are {world_size}; start that many (torchrun --nproc-per-node), or change the degrees"
+            f"{degrees} x parallel.data_size={config.data_size} needs {per_replica * config.data_size} "
+            f"processes and there are {world_size}; start that many (torchrun --nproc-per-node), or change "
+            "the degrees"
         )
     if world_size % per_replica:
         raise ConfigError(
-            f"{degrees} makes replicas of {per_replica} processes, which do not divide the {world_size} that run; "
-            f"start a multiple of {per_replica}, or change the degrees"
+            f"{degrees} makes replicas of {per_replica} processes, which do not divide the {world_size} that "
+            f"run; start a multiple of {per_replica}, or change the degrees"
         )
     return world_size // per_replica
 

@@ -1,0 +1,148 @@
+"""The backend of many processes: megatron-core's groups, layers and schedule, DeepSpeed's ZeRO, our
+optimizer step.
+
+It gives the losses and gradients of one process, in another order of sums.
+"""
+
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from sleeptrain.config import Config
+from sleeptrain.data.batch import Batch
+from sleeptrain.model.sleep import Output, PassTrace
+from sleeptrain.parallel.backend import StepResult, UpdateResult, autocast
+from sleeptrain.parallel.cpu_compat import cuda_means_cpu
+from sleeptrain.parallel.pipeline import Pipeline
+from sleeptrain.parallel.stage import build_stage, is_on_both_ends
+from sleeptrain.parallel.topology import Topology, all_reduce_flat
+from sleeptrain.parallel.update import ShardedUpdate
+from sleeptrain.parallel.zero import make_shards
+
+
+class MegatronDeepspeedBackend:
+    """This process's part of the run. ``batch`` of a step is this replica's rows; of an evaluation it is the
+    whole, and so is the answer, on every process."""
+
+    def __init__(self, config: Config, vocab_size: int, topology: Topology) -> None:
+        self.config, self.topology, self.device = config, topology, topology.device
+        self.model, self.held = build_stage(config, vocab_size, topology)
+        self.shards = make_shards(self.model, self.held, config, topology)
+        self.update = ShardedUpdate(self.shards, self.held, config.optim, topology)
+        self.pipeline: Pipeline | None = None
+        if topology.pipeline.size() > 1:
+            self.pipeline = Pipeline(self.model, topology, config.parallel.sequence_parallel, self._autocast)
+
+    def forward_backward(self, batch: Batch, num_passes: int, traced: bool = False) -> StepResult:
+        """Gradients of the mean loss over the targets of all replicas; ``loss`` is this process's part of
+        it."""
+        batch, num_targets = self._agreed(batch)
+        parts = self._microbatches(batch)
+        trace: list[PassTrace] = []
+        with self.shards.reduced_at_end():
+            nll = self._backward(
+                parts, num_passes, self.shards.loss_factor / num_targets, trace if traced else None
+            )
+            self._sum_partial_gradients()
+        speaks = self.topology.is_last_stage and self.topology.tensor.rank() == 0
+        loss = nll / num_targets if speaks else torch.zeros_like(nll)
+        return StepResult(loss, self._mean_norms(trace, num_passes) if traced else {})
+
+    def step(self, lr_factor: float, loss: Tensor) -> UpdateResult:
+        return self.update.step(lr_factor, loss)
+
+    @torch.no_grad()
+    def evaluate(self, batch: Batch, num_passes: int) -> Output:
+        """Rows are spread over the replicas; every process gets all results."""
+        data, pipeline = self.topology.data, self.topology.pipeline
+        num_rows = len(batch.ids)
+        per_replica = -(-num_rows // (data.size() * pipeline.size())) * pipeline.size()
+        mine = torch.arange(data.rank() * per_replica, (data.rank() + 1) * per_replica) % num_rows
+        part = batch.rows(mine).to(self.device)
+        if self.pipeline is None:
+            with self._autocast(), self._compatible():
+                output = self.shards.model(part, num_passes)
+            nll, predictions = output.nll, output.predictions
+        else:
+            size = per_replica // pipeline.size()
+            parts = [part.rows(slice(i, i + size)) for i in range(0, per_replica, size)]
+            walks = self.pipeline.run(parts, num_passes, 1.0, forward_only=True)
+            nll = torch.cat([walk.nll for walk in walks])
+            predictions = torch.cat([walk.predictions for walk in walks])
+            last = dist.get_global_rank(pipeline, pipeline.size() - 1)
+            for result in (nll, predictions):
+                dist.broadcast(result, last, group=pipeline)
+        nll, predictions = (self._of_all_replicas(x)[:num_rows] for x in (nll, predictions))
+        return Output(nll.sum(), nll, predictions, ())
+
+    def _backward(
+        self, parts: Sequence[Batch], num_passes: int, scale: float, trace: list[PassTrace] | None
+    ) -> Tensor:
+        """Adds the gradients of ``scale`` times the summed loss; returns the summed loss that was seen
+        here."""
+        if self.pipeline is not None:
+            walks = self.pipeline.run(parts, num_passes, scale, trace=trace)
+            return torch.stack([walk.nll.sum() for walk in walks]).sum()
+        total = torch.zeros((), device=self.device)
+        for part in parts:
+            with self._compatible():
+                with self._autocast():
+                    output = self.shards.model(part, num_passes, trace=trace)
+                    loss = output.loss_sum * scale
+                loss.backward()
+            total += output.loss_sum.detach()
+        return total
+
+    def _agreed(self, batch: Batch) -> tuple[Batch, int]:
+        """The batch with the window plan of all replicas, and the number of all their targets."""
+        speaks = self.topology.model.rank() == 0
+        told = torch.tensor([batch.num_targets, *batch.windows_with_loss], dtype=torch.int64) * speaks
+        dist.all_reduce(told, group=self.topology.host)
+        num_targets, *counts = told.tolist()
+        return batch.with_windows(tuple(count > 0 for count in counts)), num_targets
+
+    def _microbatches(self, batch: Batch) -> list[Batch]:
+        size = self.config.data.micro_batch_sequences or len(batch.ids) // self.topology.pipeline.size()
+        return [batch.rows(slice(i, i + size)).to(self.device) for i in range(0, len(batch.ids), size)]
+
+    def _sum_partial_gradients(self) -> None:
+        """Of weights that every tensor rank holds and sees a part of; of those that both end stages hold."""
+        topology = self.topology
+        if topology.tensor.size() > 1:
+            partial = [h.parameter for h in self.held if h.split.is_summed]
+            all_reduce_flat([_gradient(p) for p in partial], topology.tensor)
+        if topology.pipeline.size() > 1 and topology.ends is not None:
+            shared = sorted((h.name, h) for h in self.held if is_on_both_ends(h.name, self.config))
+            all_reduce_flat([_gradient(h.parameter) for _, h in shared], topology.ends)
+
+    def _mean_norms(self, trace: list[PassTrace], num_passes: int) -> dict[int, tuple[float, float]]:
+        sums = torch.zeros(num_passes, 3, device=self.device)
+        if trace:
+            all_reduce_flat([x for t in trace for x in (t.norm, t.update)], self.topology.tensor)
+        for t in trace:
+            sums[t.pass_number - 1, 0] += t.norm.sqrt().sum()
+            sums[t.pass_number - 1, 1] += t.update.sqrt().sum()
+            sums[t.pass_number - 1, 2] += t.norm.numel()
+        dist.all_reduce(sums)
+        rows = enumerate(sums.tolist(), start=1)
+        return {n: (norm / count, update / count) for n, (norm, update, count) in rows if count}
+
+    def _of_all_replicas(self, rows: Tensor) -> Tensor:
+        gathered = [torch.empty_like(rows) for _ in range(self.topology.data.size())]
+        dist.all_gather(gathered, rows.contiguous(), group=self.topology.data)
+        return torch.cat(gathered)
+
+    def _autocast(self) -> AbstractContextManager:
+        return autocast(self.config, self.device)
+
+    def _compatible(self) -> AbstractContextManager:
+        return cuda_means_cpu() if self.config.parallel.sequence_parallel else nullcontext()
+
+
+def _gradient(parameter: torch.nn.Parameter) -> Tensor:
+    if parameter.grad is None:
+        parameter.grad = torch.zeros_like(parameter)
+    return parameter.grad

@@ -1,0 +1,118 @@
+"""The optimizer step over shards: global norm, clipping, Muon on whole matrices, AdamW.
+
+It depends neither on the data- nor on the tensor-parallel degree: the norm counts every element of the
+model once, and Muon orthogonalises each matrix whole, gathered from its fragments.
+"""
+
+import math
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from sleeptrain.config import OptimConfig
+from sleeptrain.optim.muon import orthogonalise, update_scale
+from sleeptrain.optim.optimizer import is_muon
+from sleeptrain.parallel.backend import UpdateResult
+from sleeptrain.parallel.stage import Held, part_of
+from sleeptrain.parallel.topology import Topology
+from sleeptrain.parallel.zero import Replicated, Shards
+
+
+class ShardedUpdate:
+    """MuonAdamW over the fragments of all replicas; holds Muon's momentum of those here."""
+
+    def __init__(self, shards: Shards, held: list[Held], config: OptimConfig, topology: Topology) -> None:
+        self.shards, self.config, self.topology = shards, config, topology
+        self.is_replicated = isinstance(shards, Replicated)
+        self.num_updates = 0
+        self.groups = _by_shape([h for h in held if is_muon(h.name, h.shape)])
+        self.momenta = {
+            i: torch.zeros_like(f.weight)
+            for i, f in enumerate(shards.fragments)
+            if is_muon(f.held.name, f.held.shape)
+        }
+
+    def step(self, lr_factor: float, loss_part: Tensor) -> UpdateResult:
+        """Clips and updates; leaves weights and moments as they are when loss or norm is not finite.
+
+        ``loss_part`` is this process's part of the loss: over all processes they add up to it.
+        """
+        gradients = self.shards.gradients()
+        told = torch.stack([loss_part.double().reshape(()), self._squared_norm(gradients)])
+        dist.all_reduce(told)
+        loss, squared_norm = told.tolist()  # the one wait for the device in a step
+        grad_norm = math.sqrt(squared_norm) if squared_norm >= 0 else math.nan
+        applied = math.isfinite(loss) and math.isfinite(grad_norm)
+        if not applied:
+            self.shards.discard()
+            return UpdateResult(loss, grad_norm, applied)
+        if self.config.clip_norm:
+            factor = self.config.clip_norm / (grad_norm + 1e-6)
+            if factor < 1:
+                torch._foreach_mul_(gradients, factor)
+        self._orthogonalise(gradients)
+        self.shards.step(lr_factor)
+        self.num_updates += 1
+        return UpdateResult(loss, grad_norm, applied)
+
+    def _squared_norm(self, gradients: list[Tensor]) -> Tensor:
+        counted = [g for g, f in zip(gradients, self.shards.fragments) if self.is_counted(f.held)]
+        norms = [norm.double().square() for norm in torch._foreach_norm(counted)] if counted else []
+        device = self.topology.device
+        return (
+            torch.stack([n.to(device) for n in norms]).sum()
+            if norms
+            else torch.zeros((), device=device).double()
+        )
+
+    def is_counted(self, held: Held) -> bool:
+        """Whether this process is the one that speaks for what it holds of a weight."""
+        one_of_tensor = held.split.dim is not None or self.topology.tensor.rank() == 0
+        one_of_data = not self.is_replicated or self.topology.data.rank() == 0
+        return held.is_counted and one_of_tensor and one_of_data
+
+    def _orthogonalise(self, gradients: list[Tensor]) -> None:
+        """Replaces the gradients of Muon's weights by its updates."""
+        momentum, fragments = self.config.muon_momentum, self.shards.fragments
+        own, momenta = [gradients[i] for i in self.momenta], list(self.momenta.values())
+        if own:
+            torch._foreach_lerp_(momenta, own, 1 - momentum)
+            torch._foreach_lerp_(own, momenta, momentum)  # Nesterov
+        owned = {fragments[i].held.name: (fragments[i].start, gradients[i]) for i in self.momenta}
+        for group in self.groups:
+            matrices = self._gathered(group, owned)
+            updates = orthogonalise(matrices, self.config.muon_steps)
+            updates *= update_scale(group[0].shape, self.config.muon_scale)
+            for held, update in zip(group, updates):
+                if held.name in owned:
+                    start, gradient = owned[held.name]
+                    flat = part_of(update, held.box).reshape(-1)
+                    gradient.copy_(flat[start : start + len(gradient)])
+
+    def _gathered(self, group: list[Held], owned: dict[str, tuple[int, Tensor]]) -> Tensor:
+        """Whole matrices ``[k, out, in]`` of one shape: from the replicas' fragments, and from the tensor
+        ranks."""
+        first, data, tensor = group[0], self.topology.data, self.topology.tensor
+        local = tuple(stop - start for start, stop in first.box)
+        parts = torch.zeros(len(group), math.prod(local), device=self.topology.device)
+        for held, part in zip(group, parts):
+            if held.name in owned:
+                start, values = owned[held.name]
+                part[start : start + len(values)] = values
+        if data.size() > 1 and not self.is_replicated:
+            dist.all_reduce(parts, group=data)
+        parts = parts.view(len(group), *local)
+        if tensor.size() == 1 or first.split.dim is None:
+            return parts
+        of_ranks = [torch.empty_like(parts) for _ in range(tensor.size())]
+        dist.all_gather(of_ranks, parts, group=tensor)
+        return torch.cat(of_ranks, dim=first.split.dim + 1)
+
+
+def _by_shape(held: list[Held]) -> list[list[Held]]:
+    """Matrices that can be orthogonalised as one batch."""
+    groups: dict[tuple, list[Held]] = {}
+    for h in held:
+        groups.setdefault((h.shape, h.box, h.split), []).append(h)
+    return list(groups.values())
