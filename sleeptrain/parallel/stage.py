@@ -9,13 +9,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from sleeptrain.config import Config, ModelConfig
+from sleeptrain.config import Config
 from sleeptrain.model.init import draw
 from sleeptrain.model.sleep import SleepModel
-from sleeptrain.model.visits import Segment, segments_of
-from sleeptrain.parallel.tensor import Box, Split, box_of, split_model, split_of
+from sleeptrain.parallel.layout import Box, Split, blocks_of_stage, box_of, is_on_both_ends, split_of
+from sleeptrain.parallel.tensor import split_model
 from sleeptrain.parallel.topology import Topology
-from sleeptrain.schema import ConfigError
 
 
 class Held(NamedTuple):
@@ -28,27 +27,6 @@ class Held(NamedTuple):
     box: Box
     split: Split
     is_counted: bool
-
-
-def blocks_of_stage(config: ModelConfig, stage: int, num_stages: int) -> dict[Segment, range]:
-    """Each stage's part of each segment, so that looping over the core keeps every stage busy.
-
-    Raises ConfigError unless the core divides evenly; prelude and coda are spread as evenly as they come.
-    """
-    ranges = segments_of(config)
-    num_core = len(ranges["core"])
-    if num_core % num_stages:
-        raise ConfigError(
-            f"parallel.pipeline_size={num_stages} does not divide the {num_core} looped blocks of "
-            "model.pattern; choose a divisor, or move blocks to model.prelude_blocks or model.coda_blocks"
-        )
-    return {
-        name: range(
-            blocks.start + len(blocks) * stage // num_stages,
-            blocks.start + len(blocks) * (stage + 1) // num_stages,
-        )
-        for name, blocks in ranges.items()
-    }
 
 
 def build_stage(config: Config, vocab_size: int, topology: Topology) -> tuple[SleepModel, list[Held]]:
@@ -105,10 +83,3 @@ def _held(
     is_shared = is_on_both_ends(name, config)
     is_counted = not (is_shared and topology.is_last_stage and not topology.is_first_stage)
     return Held(parameter, name, shapes[name], box, split, is_counted)
-
-
-def is_on_both_ends(name: str, config: Config) -> bool:
-    """Whether the first and the last stage both hold this weight, and must sum its gradient."""
-    if name == "embed.weight":
-        return config.model.tie_embeddings
-    return name == "final_norm.weight" and config.sleep.norm_between_passes

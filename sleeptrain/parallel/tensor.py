@@ -1,4 +1,4 @@
-"""Tensor parallelism: which weight splits how, and the plain model with its layers replaced accordingly.
+"""Tensor parallelism: the plain model with its layers replaced, split as the table of ``layout.py`` says.
 
 Heads of attention and of fast weights are split whole, so S never leaves its rank. A block's input is
 copied to the ranks once, behind its norm, and its output is summed once, in ``o_proj`` and ``down_proj``
@@ -6,8 +6,7 @@ copied to the ranks once, behind its norm, and its output is summed once, in ``o
 2205.05198), and copy and sum become gather and reduce-scatter.
 """
 
-import fnmatch
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -15,89 +14,17 @@ from megatron.core import ModelParallelConfig
 from megatron.core import tensor_parallel as mcore
 from torch import Tensor, nn
 
-from sleeptrain.config import ModelConfig
 from sleeptrain.model.fast_weight import FastWeight
 from sleeptrain.model.layers import Float32Linear, RMSNorm
 from sleeptrain.model.sleep import CrossEntropy, SleepModel
 from sleeptrain.parallel.topology import Group
-from sleeptrain.schema import ConfigError
-
-Box = tuple[tuple[int, int], ...]  # start and stop in each dimension of a logical tensor
-
-
-class Split(NamedTuple):
-    """How a weight is spread over the tensor ranks: along a dimension, or not at all; ``is_summed``:
-    whole on each rank, but each sees a part of the gradient only."""
-
-    dim: int | None
-    is_summed: bool = False
-
-
-COLUMN = Split(0)  # output channels of a linear map
-ROW = Split(1)  # its input channels
-VOCABULARY = Split(0)
-HEADS = Split(0)  # one entry per head
-CHANNELS = Split(0)  # kernels of a depthwise convolution
-REPLICATED = Split(None)
-SUMMED = Split(None, is_summed=True)
-
-TABLE = (
-    ("embed.weight", VOCABULARY),
-    ("head.weight", VOCABULARY),
-    ("initial_memory.*", HEADS),
-    ("*.mixer.[qkvabg]_proj.weight", COLUMN),
-    ("*.mixer.o_proj.weight", ROW),
-    ("*.mixer.A_log", HEADS),
-    ("*.mixer.dt_bias", HEADS),
-    ("*.mixer.[qkv]_conv", CHANNELS),
-    ("*.mixer.kernel_in.weight", SUMMED),
-    ("*.mixer.kernel_out.*", COLUMN),
-    ("*.mixer.o_norm.weight", SUMMED),
-    ("*.mlp.gate_proj.weight", COLUMN),
-    ("*.mlp.up_proj.weight", COLUMN),
-    ("*.mlp.down_proj.weight", ROW),
-    ("*_norm.weight", REPLICATED),
-)
-
-
-def split_of(name: str, sequence_parallel: bool = False) -> Split:
-    """The table's entry for a weight; KeyError for one that it does not know."""
-    for pattern, split in TABLE:
-        if fnmatch.fnmatchcase(name, pattern):
-            return SUMMED if split == REPLICATED and sequence_parallel else split
-    raise KeyError(f"parallel/tensor.py has no split for the weight {name}; add it to TABLE")
-
-
-def box_of(name: str, shape: torch.Size, rank: int, size: int) -> Box:
-    """What of a logical tensor the tensor rank holds."""
-    dim = split_of(name).dim
-    box = [(0, n) for n in shape]
-    if dim is not None:
-        box[dim] = (shape[dim] * rank // size, shape[dim] * (rank + 1) // size)
-    return tuple(box)
-
-
-def check_tensor_size(config: ModelConfig, vocab_size: int, size: int) -> None:
-    """Raises ConfigError unless heads and vocabulary divide by the tensor-parallel degree."""
-    kinds = {block.kind for block in config.blocks}
-    counts = {"the MLP's width (model.mlp_dim)": config.mlp_hidden, "the vocabulary": vocab_size}
-    if kinds & {"attn", "swa"}:
-        counts |= {"model.num_heads": config.num_heads, "model.num_kv_heads": config.kv_heads}
-    if kinds & {"gdn", "jet"}:
-        counts |= {"model.memory_heads": config.memory_heads, "model.memory_qk_heads": config.qk_heads}
-    for name, count in counts.items():
-        if count % size:
-            remedy = (
-                "set model.vocab_multiple to round it up"
-                if name == "the vocabulary"
-                else "change one of them"
-            )
-            raise ConfigError(f"parallel.tensor_size={size} does not divide {name}={count}; {remedy}")
 
 
 def split_model(model: SleepModel, group: Group, sequence_parallel: bool) -> None:
     """Replaces layers in place; their weights are allocated anew (on the current device) and not filled."""
     config = _mcore_config(group.size(), sequence_parallel)
+    if sequence_parallel:
+        model.token_part = (group.rank(), group.size())
     for block in model.stack.blocks:
         if block is None:
             continue
