@@ -72,6 +72,8 @@ class ModelConfig:
     mlp_dim: int | None = setting(None, "hidden width of the gated MLP; null: 8/3 d_model rounded up to 16")
     rope_theta: float = setting(10000.0, "base of the rotary position frequencies")
     norm_eps: float = setting(1e-6, "epsilon of every RMSNorm")
+    dropout: float = setting(0.0, "share of each block's output that is dropped in training")
+    vocab_multiple: int = setting(1, "round the vocabulary up to a multiple of this; the rest is unused")
     tie_embeddings: bool = setting(False, "the head reads out with the embedding matrix")
     init_std: float = setting(0.02, "standard deviation of initial linear weights")
     embedding_init_std: float = setting(0.02, "standard deviation of initial embeddings")
@@ -92,6 +94,10 @@ class ModelConfig:
     def qk_heads(self) -> int:
         return self.memory_qk_heads or self.memory_heads
 
+    def rounded_vocab(self, vocab_size: int) -> int:
+        """Rows of the embedding for a task with this vocabulary."""
+        return -(-vocab_size // self.vocab_multiple) * self.vocab_multiple
+
     @property
     def mlp_hidden(self) -> int:
         return self.mlp_dim or -(-8 * self.d_model // 3 // 16) * 16
@@ -105,7 +111,9 @@ class ModelConfig:
             "memory_key_dim",
             "memory_value_dim",
         )
-        _require_positive("model", self, (*positive, "conv_width", "jet_reduction"))
+        _require_positive("model", self, (*positive, "conv_width", "jet_reduction", "vocab_multiple"))
+        if not 0 <= self.dropout < 1:
+            raise ConfigError(f"model.dropout={self.dropout} must be at least 0 and below 1")
         given = [
             n
             for n in ("num_kv_heads", "head_dim", "memory_qk_heads", "mlp_dim")

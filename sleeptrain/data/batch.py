@@ -1,5 +1,6 @@
 """Batches of windows and masks, from the examples of a task."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
@@ -18,7 +19,7 @@ class Batch:
     ``valid`` ``[B, T]`` is False on pads, None where there are none; ``reset_state`` ``[B, W]`` is True where
     a sequence starts a document at a window, None where none does beyond the first. ``windows_with_loss``
     holds, for the W windows, whether any row has a loss there: the window plan is one for the whole batch.
-    ``difficulty`` ``[B]``.
+    ``difficulty`` ``[B]``. ``example_keys`` ``[B]`` tell the examples of a run apart, in training.
     """
 
     ids: Tensor
@@ -29,6 +30,7 @@ class Batch:
     difficulty: Tensor
     windows_with_loss: tuple[bool, ...]
     num_targets: int
+    example_keys: Tensor | None = None
 
     def rows(self, chosen: slice | Tensor) -> "Batch":
         """Some sequences, with the window plan of the whole; ``num_targets`` is theirs."""
@@ -47,7 +49,9 @@ class Batch:
         return replace(self, **{name: function(x) for name, x in tensors.items() if isinstance(x, Tensor)})
 
 
-def make_batch(examples: Examples, window_tokens: int) -> Batch:
+def make_batch(
+    examples: Examples, window_tokens: int, example_keys: Sequence[int] | np.ndarray | None = None
+) -> Batch:
     """``window_tokens`` 0: the whole sequence is one window."""
     length = window_tokens or examples.ids.shape[1]
     has_loss = np.asarray(examples.loss_mask.any(axis=0))
@@ -62,4 +66,5 @@ def make_batch(examples: Examples, window_tokens: int) -> Batch:
             bool(has_loss[s : s + length].any()) for s in range(0, len(has_loss), length)
         ),
         num_targets=int(np.count_nonzero(examples.loss_mask)),
+        example_keys=None if example_keys is None else torch.as_tensor(example_keys),
     )

@@ -21,8 +21,9 @@ from sleeptrain.model.state import BlockState, State, Tokens
 class Block(nn.Module):
     """Pre-norm residual block: h + mixer(norm(h)), then h + mlp(norm(h))."""
 
-    def __init__(self, config: ModelConfig, spec: BlockSpec) -> None:
+    def __init__(self, config: ModelConfig, spec: BlockSpec, index: int) -> None:
         super().__init__()
+        self.index = index
         self.mixer_norm = RMSNorm(config.d_model, config.norm_eps)
         fast_weights: dict[str, type[FastWeight]] = {"gdn": GDN, "jet": Jet}
         self.mixer = fast_weights[spec.kind](config) if spec.is_fast_weight else Attention(config, spec)
@@ -36,8 +37,11 @@ class Block(nn.Module):
         mixed, state = self.mixer(self.mixer_norm(h_BTD), state, tokens, is_read)
         if mixed is None:
             return h_BTD, state
-        h_BTD = h_BTD + mixed
-        return h_BTD + self.mlp(self.mlp_norm(h_BTD)), state
+        h_BTD = h_BTD + self._dropped(mixed, tokens, 2 * self.index)
+        return h_BTD + self._dropped(self.mlp(self.mlp_norm(h_BTD)), tokens, 2 * self.index + 1), state
+
+    def _dropped(self, x_BTD: Tensor, tokens: Tokens, place: int) -> Tensor:
+        return x_BTD if tokens.dropout is None else tokens.dropout.apply(x_BTD, place)
 
 
 class HybridStack(nn.Module):
@@ -46,7 +50,7 @@ class HybridStack(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.specs = config.blocks
-        blocks = nn.ModuleList(Block(config, spec) for spec in self.specs)
+        blocks = nn.ModuleList(Block(config, spec, i) for i, spec in enumerate(self.specs))
         self.blocks: Sequence[Block] = blocks  # type: ignore[assignment]
 
     def fast_weight_mixers(self) -> list[tuple[int, FastWeight]]:

@@ -17,6 +17,7 @@ from torch.utils.checkpoint import checkpoint
 
 from sleeptrain.config import ModelConfig, SleepConfig
 from sleeptrain.memory import state_dtype
+from sleeptrain.model.dropout import Dropout, token_keys
 from sleeptrain.model.hybrid import HybridStack
 from sleeptrain.model.init import initialise
 from sleeptrain.model.layers import RMSNorm, rotary_table
@@ -38,6 +39,8 @@ class Batch(Protocol):
     def valid(self) -> Tensor | None: ...
     @property
     def reset_state(self) -> Tensor | None: ...
+    @property
+    def example_keys(self) -> Tensor | None: ...
     @property
     def windows_with_loss(self) -> Sequence[bool]: ...
 
@@ -88,6 +91,7 @@ class SleepModel(nn.Module):
         super().__init__()
         self.config, self.sleep = config, sleep
         self.held, self.holds_embedding, self.holds_head = segments_of(config), True, True
+        self.token_part = (0, 1)  # which part of the tokens h holds between blocks, of how many
         self.embed = nn.Embedding(vocab_size, config.d_model)
         self.stack = HybridStack(config)
         self.final_norm = RMSNorm(config.d_model, config.norm_eps)
@@ -205,8 +209,9 @@ class Walk:
             self.carry = self.carry._replace(passes=self.carry.passes.cut_gradient())
         h = self._enter(index, arrived) if self.model.holds_embedding else arrived
         before = self.carry.passes.begin(visit.pass_number, awake)
+        tokens = self.tokens._replace(dropout=self._dropout(index))
         with torch.set_grad_enabled(torch.is_grad_enabled() and (awake or visit.pass_number > self.num_cut)):
-            left, after = self.model.run(h, before, self.tokens, visit)
+            left, after = self.model.run(h, before, tokens, visit)
         held = self.model.held.get(visit.segment, range(0))
         self.carry = self.carry._replace(passes=self.carry.passes.record(held, after))
         if self.trace is not None:
@@ -229,6 +234,14 @@ class Walk:
             initial = self.model.initial_state(len(batch.ids))
             start = reset(self.carry.passes.start, batch.reset_state[:, window], initial)
             self.carry = Carry(Passes.opening(start))
+
+    def _dropout(self, index: int) -> Dropout | None:
+        """That of this visit: in training, which is where the batch has keys."""
+        rate, keys = self.model.config.dropout, self.batch.example_keys
+        if not rate or keys is None:
+            return None
+        num_tokens = self.span.stop - self.span.start
+        return Dropout(rate, token_keys(keys, index, num_tokens, self.span.start), self.model.token_part)
 
     def _starts_gradient(self, visit: Visit) -> bool:
         return visit.segment == "core" and visit.pass_number == self.num_cut + 1 > 1

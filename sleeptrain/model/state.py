@@ -10,6 +10,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from sleeptrain.model.dropout import Dropout
+
 
 class KVCache(NamedTuple):
     """Keys (unrotated) and values of earlier tokens ``[B, S, heads, head_dim]``, and for each its position
@@ -66,7 +68,8 @@ class Tokens(NamedTuple):
 
     ``positions`` ``[B or 1, T]`` count real tokens from the start of the window; ``valid`` ``[B, T]`` is
     False on pads, None where there are none; ``rotary`` is the table of these positions. ``keeps_cache`` and
-    ``keeps_tail`` ask for the keys, values and convolution inputs that later tokens will need.
+    ``keeps_tail`` ask for the keys, values and convolution inputs that later tokens will need. ``dropout``
+    is there in training, where the config asks for it.
     """
 
     positions: Tensor
@@ -75,6 +78,7 @@ class Tokens(NamedTuple):
     window_tokens: int
     keeps_cache: bool
     keeps_tail: bool
+    dropout: Dropout | None = None
 
 
 def map_tensors(function: Callable[..., Any], tree: Any, *others: Any) -> Any:

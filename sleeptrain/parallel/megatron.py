@@ -15,9 +15,11 @@ from sleeptrain.config import Config
 from sleeptrain.data.batch import Batch
 from sleeptrain.model.sleep import Output, PassTrace
 from sleeptrain.parallel.backend import StepResult, UpdateResult, autocast
+from sleeptrain.parallel.check import micro_batch_of
 from sleeptrain.parallel.cpu_compat import cuda_means_cpu
+from sleeptrain.parallel.layout import is_on_both_ends
 from sleeptrain.parallel.pipeline import Pipeline
-from sleeptrain.parallel.stage import build_stage, is_on_both_ends
+from sleeptrain.parallel.stage import build_stage
 from sleeptrain.parallel.topology import Topology, all_reduce_flat
 from sleeptrain.parallel.update import ShardedUpdate
 from sleeptrain.parallel.zero import make_shards
@@ -105,7 +107,7 @@ class MegatronDeepspeedBackend:
         return batch.with_windows(tuple(count > 0 for count in counts)), num_targets
 
     def _microbatches(self, batch: Batch) -> list[Batch]:
-        size = self.config.data.micro_batch_sequences or len(batch.ids) // self.topology.pipeline.size()
+        size = micro_batch_of(self.config, len(batch.ids))
         return [batch.rows(slice(i, i + size)).to(self.device) for i in range(0, len(batch.ids), size)]
 
     def _sum_partial_gradients(self) -> None:
