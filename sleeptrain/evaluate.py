@@ -92,6 +92,7 @@ def run(settings: EvaluateConfig, task_changes: dict[str, Any]) -> Path:
     """Evaluates, prints the table, and returns the JSON file it wrote."""
     from sleeptrain.checkpoint import store
     from sleeptrain.checkpoint.durable import replace_file
+    from sleeptrain.checkpoint.reader import Checkpoint
     from sleeptrain.engine.evaluation import as_table, check_difficulties, evaluate
     from sleeptrain.model.visits import require_passes
     from sleeptrain.parallel.backend import LocalBackend
@@ -99,7 +100,7 @@ def run(settings: EvaluateConfig, task_changes: dict[str, Any]) -> Path:
 
     folder = Path(settings.checkpoint)
     found = (
-        store.load(folder)
+        Checkpoint(folder)
         if (folder / "manifest.json").exists()
         else store.find_latest(folder / "checkpoints", print)
     )
@@ -113,14 +114,14 @@ def run(settings: EvaluateConfig, task_changes: dict[str, Any]) -> Path:
     saved["run"]["device"] = settings.device
     config = from_dict(Config, saved)
     task = make_task(config.task)
-    vocab_size = len(found.tensors["model"]["embed.weight"])
+    vocab_size = found.shape("model", "embed.weight")[0]
     if task.vocab_size != vocab_size:
         raise ConfigError(
             f"the task needs a vocabulary of {task.vocab_size} and the checkpoint has "
             f"{vocab_size}; change task.* back"
         )
     backend = LocalBackend(config, vocab_size)
-    backend.load_model(found.tensors["model"])
+    backend.load_model(found)
     num_passes = settings.num_passes or (config.sleep.num_passes,)
     for n in num_passes:
         require_passes(n, config.model)

@@ -36,12 +36,12 @@ def test_a_baseline_takes_a_step_from_its_loss(baseline: str) -> None:
     config = compose_config(settings)
     task = make_task(config.task)
     backend = LocalBackend(config, task.vocab_size)
-    before = {name: p.clone() for name, p in backend.state()["model"].items()}
+    before = {name: p.detach().clone() for name, p in backend.model.named_parameters()}
     batch = TrainStream(task, 0, 4, config.sleep.window_tokens).batch(0)
     result = backend.forward_backward(batch, config.sleep.num_passes)
     assert 0.1 < float(result.loss) < 10
     assert backend.step(1.0, result.loss).applied
-    unchanged = [n for n, p in backend.state()["model"].items() if (p == before[n]).all()]
+    unchanged = [n for n, p in backend.model.named_parameters() if (p == before[n]).all()]
     assert not unchanged
 
 

@@ -17,7 +17,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sleeptrain.checkpoint.store import Checkpoint, CheckpointError, find_latest
+from sleeptrain.checkpoint.manifest import CheckpointError
+from sleeptrain.checkpoint.reader import Checkpoint
+from sleeptrain.checkpoint.store import find_latest
 
 EQUAL, DIFFERENT, UNUSABLE = 0, 1, 2
 MEASURED = ("_seconds", "_per_second", "_gib", "mfu", "hfu")  # endings of keys that differ from run to run
@@ -51,7 +53,7 @@ def main(arguments: list[str] | None = None) -> int:
         return DIFFERENT
     num_values = sum(len(row) for row in rows_a)
     print(
-        f"EQUAL: {len(flat_tensors(final_a))} tensors of step {final_a.step}, {len(rows_a)} rows and "
+        f"EQUAL: {len(tensor_names(final_a))} tensors of step {final_a.step}, {len(rows_a)} rows and "
         f"{num_values} values of metrics with {len({key for row in rows_a for key in row})} keys"
     )
     return EQUAL
@@ -62,7 +64,7 @@ def final_checkpoint(folder: Path) -> Checkpoint:
     checkpoint = find_latest(folder / "checkpoints", lambda line: print(f"{folder}: {line}", file=sys.stderr))
     if checkpoint is None:
         raise UnusableError(f"{folder / 'checkpoints'} holds no checkpoint")
-    if not flat_tensors(checkpoint):
+    if not tensor_names(checkpoint):
         raise UnusableError(f"{checkpoint.path} holds no tensors")
     return checkpoint
 
@@ -80,13 +82,9 @@ def metrics(folder: Path) -> list[dict[str, Any]]:
     return kept
 
 
-def flat_tensors(checkpoint: Checkpoint) -> dict[str, Tensor]:
-    """Tensors by ``file/name``."""
-    return {
-        f"{file}/{name}": tensor
-        for file, group in checkpoint.tensors.items()
-        for name, tensor in group.items()
-    }
+def tensor_names(checkpoint: Checkpoint) -> set[tuple[str, str]]:
+    """(group, name) of each tensor."""
+    return {(group, name) for group in checkpoint.groups for name in checkpoint.names(group)}
 
 
 def tensor_differences(a: Checkpoint, b: Checkpoint) -> Iterator[str]:
@@ -94,12 +92,13 @@ def tensor_differences(a: Checkpoint, b: Checkpoint) -> Iterator[str]:
     if a.step != b.step:
         yield f"final checkpoints: step {a.step} and step {b.step}, so their tensors were not compared"
         return
-    left, right = flat_tensors(a), flat_tensors(b)
-    for name in sorted(left.keys() | right.keys()):
-        if name not in left or name not in right:
-            yield f"{name}: only in the {'first' if name in left else 'second'} run"
+    left, right = tensor_names(a), tensor_names(b)
+    for place in sorted(left | right):
+        name = "/".join(place)
+        if place not in left or place not in right:
+            yield f"{name}: only in the {'first' if place in left else 'second'} run"
             continue
-        x, y = left[name], right[name]
+        x, y = a.read(*place), b.read(*place)
         if (x.dtype, x.shape) != (y.dtype, y.shape):
             yield f"{name}: {x.dtype} {list(x.shape)} and {y.dtype} {list(y.shape)}"
         elif not torch.equal(_bits(x), _bits(y)):

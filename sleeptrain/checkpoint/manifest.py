@@ -1,22 +1,33 @@
 """``manifest.json``: what a checkpoint consists of, so that every damage is noticed and named.
 
-It holds the format's name and version, the step, size and SHA-256 of each other file, and the hash of
-itself. It is written last: a folder without it is no checkpoint.
+It holds the format's name and version, the step, each file with its size, each logical tensor with its
+dtype, shape and slices, a SHA-256 of every part of every file, and the hash of itself. It tells where the
+elements are and not who wrote them. It is written last: a folder without it is no checkpoint.
 """
 
 import hashlib
 import json
+import math
 import re
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from sleeptrain.checkpoint.durable import write_new
+from sleeptrain.checkpoint.slices import Box, Range, flaw, num_elements
 from sleeptrain.schema import RunError, flatten
 
 FILE = "manifest.json"
 FORMAT = "sleeptrain-checkpoint"
-VERSION = 1
+VERSION = 2
 ASIDE = ".old_"  # prefix of a checkpoint that was moved aside while its successor takes its name
+PIECE_BYTES = 4 * 2**20  # a slice has a hash per so many bytes, so that a reader of a part hashes little more
+ITEM_BYTES = {
+    **dict.fromkeys(("bool", "uint8", "int8", "float8_e4m3fn", "float8_e5m2"), 1),
+    **dict.fromkeys(("uint16", "int16", "float16", "bfloat16"), 2),
+    **dict.fromkeys(("uint32", "int32", "float32"), 4),
+    **dict.fromkeys(("uint64", "int64", "float64", "complex64"), 8),
+}
 
 
 class CheckpointError(RunError):
@@ -24,17 +35,49 @@ class CheckpointError(RunError):
 
 
 class FileEntry(NamedTuple):
-    """What the manifest knows about one file."""
+    """A file: its size and the hash of its first ``head_bytes``; after them come slices, if any."""
 
     size_bytes: int
+    head_bytes: int
     sha256: str
 
 
+class SliceEntry(NamedTuple):
+    """``length`` elements of a box, from ``start`` on, at byte ``offset`` of ``file``; a hash for each
+    ``PIECE_BYTES``."""
+
+    file: str
+    offset: int
+    box: Box
+    start: int
+    length: int
+    sha256: tuple[str, ...]
+
+
+class TensorEntry(NamedTuple):
+    """A logical tensor: ``dtype`` as in ``float32``, its shape, and the slices that make it up."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    slices: list[SliceEntry]
+
+
+Groups = dict[str, dict[str, TensorEntry]]
+
+
+class Contents(NamedTuple):
+    """What one process wrote, or all of them: files, and tensors by group and name."""
+
+    files: dict[str, FileEntry]
+    groups: Groups
+
+
 class Manifest(NamedTuple):
-    """The parsed manifest: the optimizer step, and the entry of each file."""
+    """The parsed manifest: the optimizer step, files and tensors."""
 
     step: int
     files: dict[str, FileEntry]
+    groups: Groups
 
 
 def step_name(step: int) -> str:
@@ -48,60 +91,123 @@ def named_step(folder: Path) -> int | None:
     return int(match[1]) if match else None
 
 
-def entry_of(data: bytes) -> FileEntry:
-    """The entry of a file with content ``data``."""
-    return FileEntry(len(data), hashlib.sha256(data).hexdigest())
+def hash_of(data: bytes | memoryview) -> str:
+    """SHA-256 in hexadecimal."""
+    return hashlib.sha256(data).hexdigest()
 
 
-def write(folder: Path, step: int, files: dict[str, FileEntry]) -> None:
+def document_entry(data: bytes) -> FileEntry:
+    """The entry of a file that holds no tensors."""
+    return FileEntry(len(data), len(data), hash_of(data))
+
+
+def merged(parts: Iterable[Contents]) -> Contents:
+    """The contents of several processes as one; raises CheckpointError unless every tensor is whole."""
+    whole = Contents({}, {})
+    for files, groups in parts:
+        whole.files.update(files)
+        for group, tensors in groups.items():
+            known = whole.groups.setdefault(group, {})
+            for name, (dtype, shape, slices) in tensors.items():
+                entry = known.setdefault(name, TensorEntry(dtype, shape, []))
+                if (entry.dtype, entry.shape) != (dtype, shape):
+                    raise CheckpointError(
+                        f"tensor {name} of {group} is {entry.dtype} {list(entry.shape)} in one process and "
+                        f"{dtype} {list(shape)} in another"
+                    )
+                entry.slices.extend(slices)
+    for group, tensors in whole.groups.items():
+        for name, entry in tensors.items():
+            _require_whole(f"tensor {name} of {group}", entry)
+    return whole
+
+
+def write(folder: Path, step: int, contents: Contents) -> None:
     """Writes the manifest of ``folder`` and forces it to the disk; raises OSError."""
-    write_new(folder / FILE, _render(step, files))
+    write_new(folder / FILE, seal({"step": step, **to_json(contents)}))
 
 
 def read(folder: Path) -> Manifest:
     """Reads the manifest and compares it with the folder's name and file list; raises CheckpointError.
 
-    The contents of the files are not read yet: see ``read_file`` and ``verify``.
+    Of the other files nothing is read yet.
     """
     try:
         present = {path.name for path in folder.iterdir()}
         data = (folder / FILE).read_bytes() if FILE in present else None
     except OSError as error:
         raise CheckpointError(f"{folder.name} cannot be read: {error.strerror}") from error
+    where = f"{folder.name}/{FILE}"
     if data is None:
-        raise CheckpointError(f"{folder.name}/{FILE} is missing, so this is no complete checkpoint")
-    manifest = _parse(data, f"{folder.name}/{FILE}")
+        raise CheckpointError(f"{where} is missing, so this is no complete checkpoint")
+    body = unseal(data, where)
+    try:
+        manifest = Manifest(_integer(body["step"]), *from_json(body))
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise CheckpointError(f"{where} is malformed: {error!r}") from error
     if named_step(folder) not in (None, manifest.step):
         raise CheckpointError(
-            f"{folder.name}/{FILE} belongs to step {manifest.step}, not to the step in the folder's name"
+            f"{where} belongs to step {manifest.step}, not to the step in the folder's name"
         )
     for name in sorted(manifest.files.keys() - present):
         raise CheckpointError(f"{folder.name}/{name} is missing")
     for name in sorted(present - manifest.files.keys() - {FILE}):
         raise CheckpointError(f"{folder.name}/{name} is not part of the checkpoint (not listed in {FILE})")
+    for group, tensors in manifest.groups.items():
+        for name, entry in tensors.items():
+            _require_whole(f"{where} is malformed: tensor {name} of {group}", entry)
     return manifest
 
 
-def read_file(folder: Path, name: str, entry: FileEntry) -> bytes:
-    """The content of one file, equal to what was saved; raises CheckpointError."""
+def seal(body: dict[str, Any]) -> bytes:
+    """JSON with format and version, a line for each tensor, and at its end the hash of all before it."""
+    text = _lines({"format": FORMAT, "version": VERSION, **body}, depth=2).encode()
+    return text[: -len(b"\n}")] + _tail(text)
+
+
+def unseal(data: bytes, where: str) -> dict[str, Any]:
+    """What was sealed; raises CheckpointError on any changed byte, and on another format or version."""
     try:
-        data = (folder / name).read_bytes()
-    except OSError as error:
-        raise CheckpointError(f"{folder.name}/{name} cannot be read: {error.strerror}") from error
-    if len(data) != entry.size_bytes:
-        kind = "empty" if not data else "truncated" if len(data) < entry.size_bytes else "too long"
+        body = json.loads(data)
+    except ValueError as error:
+        raise CheckpointError(f"{where} is damaged: it is not JSON ({len(data)} bytes)") from error
+    if not isinstance(body, dict) or body.get("format") != FORMAT:
+        raise CheckpointError(f"{where} is foreign: its format is not {FORMAT!r}")
+    if body.get("version") != VERSION:
         raise CheckpointError(
-            f"{folder.name}/{name} is {kind}: expected {entry.size_bytes} bytes, found {len(data)}"
+            f"{where} has format version {body.get('version')!r}, and this program reads version {VERSION}"
         )
-    if entry_of(data) != entry:
-        raise CheckpointError(f"{folder.name}/{name} is damaged: its hash differs from the one in {FILE}")
-    return data
+    text = data[: -len(_tail(b""))] + b"\n}"
+    if not data.endswith(_tail(text)):
+        raise CheckpointError(f"{where} is damaged: its content differs from its own hash")
+    return body
 
 
-def verify(folder: Path) -> None:
-    """Reads every file of a checkpoint once and compares it with the manifest; raises CheckpointError."""
-    for name, entry in read(folder).files.items():
-        read_file(folder, name, entry)
+def to_json(contents: Contents) -> dict[str, Any]:
+    """Files and tensors as plain values."""
+    return {
+        "piece_bytes": PIECE_BYTES,
+        "files": {name: entry._asdict() for name, entry in sorted(contents.files.items())},
+        "groups": {
+            group: {
+                name: {**entry._asdict(), "slices": [part._asdict() for part in entry.slices]}
+                for name, entry in sorted(tensors.items())
+            }
+            for group, tensors in sorted(contents.groups.items())
+        },
+    }
+
+
+def from_json(body: dict[str, Any]) -> Contents:
+    """The way back; an exception of any kind where ``body`` does not have that form."""
+    if body["piece_bytes"] != PIECE_BYTES:
+        raise ValueError(f"piece_bytes is {body['piece_bytes']}, and this program reads {PIECE_BYTES}")
+    files = {name: FileEntry(**entry) for name, entry in body["files"].items()}
+    groups = {
+        group: {name: _tensor_entry(entry, files) for name, entry in tensors.items()}
+        for group, tensors in body["groups"].items()
+    }
+    return Contents(files, groups)
 
 
 def differences(saved: dict[str, Any], current: dict[str, Any]) -> list[str]:
@@ -118,30 +224,44 @@ def _show(settings: dict[str, Any], key: str) -> str:
     return json.dumps(settings[key]) if key in settings else "absent"
 
 
-def _render(step: int, files: dict[str, FileEntry]) -> bytes:
-    entries = {name: entry._asdict() for name, entry in sorted(files.items())}
-    body = {"format": FORMAT, "version": VERSION, "step": step, "files": entries}
-    own_hash = hashlib.sha256(json.dumps(body).encode()).hexdigest()
-    return json.dumps({**body, "sha256": own_hash}, indent=2).encode() + b"\n"
+def _require_whole(what: str, entry: TensorEntry) -> None:
+    ranges = [Range(part.box, part.start, part.start + part.length) for part in entry.slices]
+    if found := flaw(entry.shape, ranges):
+        raise CheckpointError(f"{what} is not whole: {found}")
 
 
-def _parse(data: bytes, where: str) -> Manifest:
-    try:
-        content = json.loads(data)
-    except ValueError as error:
-        raise CheckpointError(f"{where} is damaged: it is not JSON ({len(data)} bytes)") from error
-    if not isinstance(content, dict) or content.get("format") != FORMAT:
-        raise CheckpointError(f"{where} is foreign: its format is not {FORMAT!r}")
-    if content.get("version") != VERSION:
-        raise CheckpointError(
-            f"{where} has format version {content.get('version')!r}, and this program reads version {VERSION}"
-        )
-    try:
-        files = {name: FileEntry(**entry) for name, entry in content["files"].items()}
-        manifest = Manifest(content["step"], files)
-        intact = _render(*manifest) == data  # also notices a changed blank or the order of keys
-    except (AttributeError, KeyError, TypeError):
-        intact = False
-    if not intact:
-        raise CheckpointError(f"{where} is damaged: its content differs from its own hash")
-    return manifest
+def _lines(value: Any, depth: int, indent: str = "") -> str:
+    """JSON, a line for each entry of dicts down to ``depth``; the rest is left to the fast encoder of C."""
+    if not isinstance(value, dict) or not value or depth < 0:
+        return json.dumps(value)
+    inner = f"{indent} "
+    entries = (f"{inner}{json.dumps(key)}: {_lines(item, depth - 1, inner)}" for key, item in value.items())
+    return "{\n" + ",\n".join(entries) + f"\n{indent}}}"
+
+
+def _tail(text: bytes) -> bytes:
+    return f',\n "sha256": "{hash_of(text)}"\n}}\n'.encode()
+
+
+def _tensor_entry(entry: dict[str, Any], files: dict[str, FileEntry]) -> TensorEntry:
+    item_bytes = ITEM_BYTES[entry["dtype"]]
+    slices = []
+    for part in entry["slices"]:
+        box = tuple((_integer(start), _integer(stop)) for start, stop in part["box"])
+        hashes = tuple(map(str, part["sha256"]))
+        found = SliceEntry(**{**part, "box": box, "sha256": hashes})
+        end = _integer(found.offset) + _integer(found.length) * item_bytes
+        if not 0 <= found.offset <= end <= files[found.file].size_bytes:
+            raise ValueError(f"a slice lies outside of {found.file}")
+        if not 0 <= _integer(found.start) <= found.start + found.length <= num_elements(box):
+            raise ValueError("a slice lies outside of its box")
+        if len(hashes) != math.ceil(found.length * item_bytes / PIECE_BYTES):
+            raise ValueError("the number of hashes of a slice is wrong")
+        slices.append(found)
+    return TensorEntry(entry["dtype"], tuple(map(_integer, entry["shape"])), slices)
+
+
+def _integer(value: Any) -> int:
+    if type(value) is not int:
+        raise TypeError(f"{value!r} is no integer")
+    return value

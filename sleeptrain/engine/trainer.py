@@ -12,6 +12,7 @@ import torch.utils.deterministic
 from sleeptrain.checkpoint import store
 from sleeptrain.checkpoint.durable import replace_file
 from sleeptrain.checkpoint.manifest import CheckpointError, differences
+from sleeptrain.checkpoint.saver import Saver
 from sleeptrain.config import Config
 from sleeptrain.data.batch import Batch
 from sleeptrain.data.stream import TrainStream
@@ -77,7 +78,9 @@ class Trainer:
         self.guard = SkipGuard(config.optim.max_skipped_steps)
         self.interval = Interval()
         self.works: dict[tuple[int, tuple[bool, ...]], Work] = {}
-        self.step = self.saved_step = 0
+        kept = (config.checkpoint.keep_last, config.checkpoint.keep_every_steps)
+        self.saver = Saver(folder / "checkpoints", *kept)
+        self.step = 0
         self.documents = {"config": to_dict(config), "data": self.task.fingerprint()}
         self._resume()
         replace_file(folder / "config.yaml", frozen_config.encode())
@@ -91,14 +94,16 @@ class Trainer:
         progress.line(f"run {config.run.id}: step {self.step} of {num_steps} in {self.folder}")
         try:
             self._loop(stop, metrics, progress)
-            if self.step > self.saved_step:
-                self._save(metrics, progress)
+            self._last_save(metrics, progress)
             metrics.sync()
         finally:
+            self._warn(self.saver.close(), progress)
             progress.close()
             metrics.close()
         if self.step < num_steps:
-            print(f"stopped by {stop.requested}; the same command goes on from step {self.saved_step}")
+            print(
+                f"stopped by {stop.requested}; the same command goes on from step {self.saver.committed_step}"
+            )
             return EXIT_REQUEUE
         for path in draw_learning_curve(read_metrics(self.folder), self.folder / "figures", config.run.id):
             print(f"wrote {path}")
@@ -120,6 +125,7 @@ class Trainer:
                     self._evaluate(metrics, progress)
                 if _due(self.step, config.checkpoint.every_steps) or self.step == num_steps:
                     self._save(metrics, progress)
+                self._warn(self.saver.result(), progress)
                 collect(self.step)
 
     def train_step(self) -> dict[int, tuple[float, float]]:
@@ -204,7 +210,7 @@ class Trainer:
         progress.line(f"held out, after step {self.step}:\n{as_table(results, self.task.difficulty_name)}")
 
     def _save(self, metrics: MetricsWriter, progress: Progress) -> None:
-        """A checkpoint of the current step. A full disk costs the checkpoint, not the run, except at its end.
+        """Begins a checkpoint of the current step; it is written while the training goes on.
 
         Amid skipped updates nothing is saved: such checkpoints would push out the good ones, and the steps
         since the last one can be made again.
@@ -213,15 +219,23 @@ class Trainer:
             return
         metrics.sync()
         trainer = {"step": self.step, "guard": self.guard.state(), "interval": self.interval.state()}
-        kept = (self.config.checkpoint.keep_last, self.config.checkpoint.keep_every_steps)
-        documents = self.documents | {"trainer": trainer}
-        try:
-            store.save(self.folder / "checkpoints", self.step, self.backend.state(), documents, *kept)
-            self.saved_step = self.step
-        except CheckpointError as error:
-            if self.step == self.config.optim.num_steps:
-                raise
-            progress.line(f"warning: {error}; training goes on")
+        self._warn(self.saver.wait(), progress)
+        self.saver.save(self.step, self.backend.slices(), self.documents | {"trainer": trainer})
+
+    def _last_save(self, metrics: MetricsWriter, progress: Progress) -> None:
+        """Returns when the last step is on the disk. At the end of the run it raises CheckpointError if that
+        fails; before, a full disk costs the checkpoint and not the run."""
+        failure = self.saver.wait()
+        if self.step == self.config.optim.num_steps and failure:
+            raise failure
+        self._warn(failure, progress)
+        if self.step > self.saver.committed_step:
+            self._save(metrics, progress)
+            self._warn(self.saver.wait(), progress)
+
+    def _warn(self, failure: CheckpointError | None, progress: Progress) -> None:
+        if failure:
+            progress.line(f"warning: {failure}; training goes on")
 
     def _resume(self) -> None:
         """Goes on from the newest valid checkpoint; raises ConfigError when it belongs to another run."""
@@ -245,12 +259,12 @@ class Trainer:
         for line in differing:
             print(f"warning: going on with other settings, {line}")
         try:
-            self.backend.load(found.tensors)
+            self.backend.load(found)
         except (KeyError, ValueError) as error:
             raise ConfigError(
                 f"{found.path} does not fit this run: {error}; choose another run.id"
             ) from error
-        self.step = self.saved_step = found.step
+        self.step = self.saver.committed_step = found.step
         self.guard.load(found.documents["trainer"]["guard"])
         self.interval.load(found.documents["trainer"]["interval"])
 

@@ -2,16 +2,20 @@
 
 import math
 from contextlib import AbstractContextManager
-from typing import NamedTuple, Protocol
+from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
+from sleeptrain.checkpoint.slices import Slice, whole
 from sleeptrain.config import Config
 from sleeptrain.data.batch import Batch
 from sleeptrain.model.sleep import Output, PassTrace, SleepModel
 from sleeptrain.optim.optimizer import MuonAdamW
 from sleeptrain.schema import ConfigError
+
+if TYPE_CHECKING:
+    from sleeptrain.checkpoint.reader import Checkpoint
 
 
 class StepResult(NamedTuple):
@@ -39,8 +43,9 @@ class Backend(Protocol):
     def forward_backward(self, batch: Batch, num_passes: int, traced: bool = False) -> StepResult: ...
     def step(self, lr_factor: float, loss: Tensor) -> UpdateResult: ...
     def evaluate(self, batch: Batch, num_passes: int) -> Output: ...
-    def state(self) -> dict[str, dict[str, Tensor]]: ...
-    def load(self, state: dict[str, dict[str, Tensor]]) -> None: ...
+    def slices(self) -> dict[str, list[Slice]]: ...
+    def load(self, checkpoint: "Checkpoint") -> None: ...
+    def load_model(self, checkpoint: "Checkpoint") -> None: ...
 
 
 class LocalBackend:
@@ -86,28 +91,29 @@ class LocalBackend:
         with self._autocast():
             return self.model(batch.to(self.device), num_passes)
 
-    def state(self) -> dict[str, dict[str, Tensor]]:
-        """Logical tensors by name: ``model`` and ``optimizer``."""
-        model = {name: p.detach() for name, p in self.model.named_parameters()}
-        return {"model": model, "optimizer": self.optimizer.state()}
+    def slices(self) -> dict[str, list[Slice]]:
+        """What a checkpoint holds, ``model`` and ``optimizer``: here every tensor as a whole."""
+        model = [whole(name, p) for name, p in self.model.named_parameters()]
+        return {"model": model, "optimizer": [whole(name, t) for name, t in self.optimizer.state().items()]}
+
+    def load(self, checkpoint: "Checkpoint") -> None:
+        """Takes over weights and optimizer. ValueError or KeyError with the names where they are not this
+        run's, CheckpointError where they are damaged."""
+        self.load_model(checkpoint)
+        self.optimizer.load(checkpoint.read_all("optimizer"))
 
     @torch.no_grad()
-    def load(self, state: dict[str, dict[str, Tensor]]) -> None:
-        self.load_model(state["model"])
-        self.optimizer.load(state["optimizer"])
-
-    @torch.no_grad()
-    def load_model(self, tensors: dict[str, Tensor]) -> None:
+    def load_model(self, checkpoint: "Checkpoint") -> None:
         """Takes over weights; ValueError with the names when they are not exactly this model's."""
-        own = dict(self.model.named_parameters())
-        wrong = sorted(own.keys() ^ tensors.keys())
-        wrong += [name for name in own.keys() & tensors.keys() if own[name].shape != tensors[name].shape]
+        own, saved = dict(self.model.named_parameters()), set(checkpoint.names("model"))
+        wrong = sorted(own.keys() ^ saved)
+        wrong += [name for name in own.keys() & saved if own[name].shape != checkpoint.shape("model", name)]
         if wrong:
             raise ValueError(
                 f"the checkpoint's weights are not this model's; they differ in {', '.join(wrong[:5])}"
             )
-        for name, parameter in own.items():
-            parameter.copy_(tensors[name])
+        for name, values in checkpoint.read_all("model").items():
+            own[name].copy_(values)
 
     def _autocast(self) -> AbstractContextManager:
         return torch.autocast(self.device.type, torch.bfloat16, enabled=compute_dtype(self) == torch.bfloat16)

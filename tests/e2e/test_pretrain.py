@@ -115,13 +115,13 @@ def test_refuses_to_resume_with_other_settings(copy: Path, capsys: pytest.Captur
 def test_a_damaged_checkpoint_is_named_and_the_one_before_used(
     copy: Path, finished: Path, capsys: pytest.CaptureFixture
 ) -> None:
-    damaged = copy / "checkpoints" / "step_00000024" / "model.safetensors"
+    damaged = copy / "checkpoints" / "step_00000024" / "model_00000.safetensors"
     content = bytearray(damaged.read_bytes())
     content[len(content) // 2] ^= 1
     damaged.write_bytes(content)
     assert pretrain(copy) == 0
     printed = capsys.readouterr().out
-    assert "model.safetensors" in printed
+    assert "step_00000024/model_00000.safetensors is damaged in tensor " in printed
     assert "trying step_00000020" in printed
     assert compare_runs(copy, finished) == ""
 

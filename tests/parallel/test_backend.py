@@ -1,9 +1,14 @@
 """The local backend: accumulation, clipping, refusal of bad gradients, and going on from a saved state."""
 
+from pathlib import Path
+
 import pytest
 import torch
 from torch import Tensor
 
+from sleeptrain.checkpoint.reader import Checkpoint
+from sleeptrain.checkpoint.saver import Saver
+from sleeptrain.checkpoint.slices import whole
 from sleeptrain.config import Config, DataConfig, ModelConfig, OptimConfig, RunConfig, SleepConfig
 from sleeptrain.data.batch import Batch
 from sleeptrain.data.stream import TrainStream
@@ -37,8 +42,17 @@ def train(backend: LocalBackend, steps: range) -> None:
         assert backend.step(0.5, result.loss).applied
 
 
-def copied(state: dict[str, dict[str, Tensor]]) -> dict[str, dict[str, Tensor]]:
-    return {part: {n: t.clone() for n, t in tensors.items()} for part, tensors in state.items()}
+def state_of(backend: LocalBackend) -> dict[str, dict[str, Tensor]]:
+    """A copy of all that a checkpoint holds."""
+    groups = backend.slices().items()
+    return {group: {s.name: s.values.clone().view(s.shape) for s in slices} for group, slices in groups}
+
+
+def saved(folder: Path, state: dict[str, dict[str, Tensor]]) -> Checkpoint:
+    saver = Saver(folder, keep_last=1, keep_every_steps=0)
+    saver.save(1, {group: [whole(n, t) for n, t in tensors.items()] for group, tensors in state.items()}, {})
+    assert saver.wait() is None
+    return Checkpoint(folder / "step_00000001")
 
 
 def assert_bit_equal(state: dict[str, dict[str, Tensor]], expected: dict[str, dict[str, Tensor]]) -> None:
@@ -76,13 +90,13 @@ def test_loss_is_the_mean_per_target() -> None:
 def test_a_non_finite_step_changes_no_bit(where: str, value: float) -> None:
     backend = build()
     train(backend, range(1))
-    before = copied(backend.state())
+    before = state_of(backend)
     loss = backend.forward_backward(batch(backend, 1), 2).loss
     if where == "gradient":
         backend.model.embed.weight.grad[0, 0] = value
     result = backend.step(1.0, loss if where == "gradient" else torch.tensor(value))
     assert not result.applied
-    assert_bit_equal(backend.state(), before)
+    assert_bit_equal(state_of(backend), before)
     assert all(p.grad is None for p in backend.model.parameters())
     train(backend, range(1, 2))  # and it goes on
 
@@ -94,7 +108,7 @@ def test_clipping_by_the_global_norm(clip: float) -> None:
     loss = backend.forward_backward(batch(backend), 2).loss
     expected = torch.stack([p.grad.norm() for p in backend.model.parameters()]).norm()
     result = backend.step(1.0, loss)
-    state = backend.state()["optimizer"]
+    state = state_of(backend)["optimizer"]
     used = [t / 0.05 for n, t in state.items() if n.endswith("/momentum")]
     used += [t / 0.1 for n, t in state.items() if n.endswith("/exp_avg")]
     norm = torch.stack([t.norm() for t in used]).norm()
@@ -103,36 +117,36 @@ def test_clipping_by_the_global_norm(clip: float) -> None:
     assert float(norm) == pytest.approx(clip if clip == 1e-3 else float(expected), rel=1e-3)
 
 
-def test_a_saved_state_goes_on_bit_equal() -> None:
-    whole, first, second = build(), build(), build(seed=1)
-    train(whole, range(4))
+def test_a_saved_state_goes_on_bit_equal(tmp_path: Path) -> None:
+    uncut, first, second = build(), build(), build(seed=1)
+    train(uncut, range(4))
     train(first, range(2))
-    second.load(copied(first.state()))
+    second.load(saved(tmp_path, state_of(first)))
     train(second, range(2, 4))
-    assert_bit_equal(second.state(), whole.state())
+    assert_bit_equal(state_of(second), state_of(uncut))
 
 
-def test_the_state_of_step_0_can_be_loaded_again() -> None:
+def test_the_state_of_step_0_can_be_loaded_again(tmp_path: Path) -> None:
     fresh, used = build(), build()
-    start = copied(used.state())
+    start = state_of(used)
     train(used, range(2))
-    used.load(start)
+    used.load(saved(tmp_path, start))
     train(used, range(1))
     train(fresh, range(1))
-    assert_bit_equal(used.state(), fresh.state())
+    assert_bit_equal(state_of(used), state_of(fresh))
 
 
-def test_the_checkpoint_of_another_model_is_refused_by_names() -> None:
+def test_the_checkpoint_of_another_model_is_refused_by_names(tmp_path: Path) -> None:
     backend = build()
-    before = copied(backend.state())
-    missing, other_shape, foreign = (copied(before) for _ in range(3))
+    before = state_of(backend)
+    missing, other_shape, foreign = (state_of(backend) for _ in range(3))
     del missing["model"]["head.weight"]
     other_shape["model"]["embed.weight"] = torch.zeros(2, 2)
     foreign["model"]["stack.blocks.9.gone"] = torch.zeros(2)
     for state, name in ((missing, "head.weight"), (other_shape, "embed.weight"), (foreign, "blocks.9.gone")):
         with pytest.raises(ValueError, match=name):
-            backend.load(state)
-        assert_bit_equal(backend.state(), before)
+            backend.load(saved(tmp_path, state))
+        assert_bit_equal(state_of(backend), before)
 
 
 def test_bfloat16_computes_over_float32_weights() -> None:

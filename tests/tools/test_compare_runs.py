@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from sleeptrain.checkpoint import store
+from sleeptrain.checkpoint.saver import Saver
+from sleeptrain.checkpoint.slices import whole
 
 SCRIPT = Path(__file__).parents[2] / "tools" / "compare_runs.py"
 spec = importlib.util.spec_from_file_location("compare_runs", SCRIPT)
@@ -28,9 +29,15 @@ ROWS = [
 ]
 
 
+def save(folder, step, model):
+    saver = Saver(folder / "checkpoints", keep_last=2, keep_every_steps=0)
+    saver.save(step, {"model": [whole(name, tensor) for name, tensor in model.items()]}, {"trainer": {}})
+    assert saver.wait() is None
+
+
 def make_run(folder, rows=ROWS, step=20, **tensors):
     model = {"w": torch.tensor([1.0, -0.0, float("nan")]), "n": torch.tensor(3)} | tensors
-    store.save(folder / "checkpoints", step, {"model": model}, {"trainer": {}}, 2, 0)
+    save(folder, step, model)
     folder.mkdir(exist_ok=True)
     (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     return folder
@@ -105,7 +112,7 @@ def test_a_run_without_something_to_compare_is_unusable(tmp_path, capsys, lack):
         elif lack == "whole":
             (run / "checkpoints" / "step_00000020" / "manifest.json").unlink()
         elif lack == "tensors":
-            store.save(run / "checkpoints", 20, {"model": {}}, {}, 1, 0)
+            save(run, 20, {})
         else:
             text = {"rows": "", "values": '{"step": 1, "a_seconds": 2}\n', "torn": '{"step": 1, "a'}.get(lack)
             (run / "metrics.jsonl").unlink()
