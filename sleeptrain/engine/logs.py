@@ -18,7 +18,7 @@ def rank_log(folder: Path, rank: int) -> Iterator[Path]:
     with path.open("a", buffering=1, encoding="utf-8") as file:
         before = sys.stdout, sys.stderr
         if rank == 0:
-            sys.stdout, sys.stderr = _Tee(before[0], file), _Tee(before[1], file)  # type: ignore[assignment]
+            sys.stdout, sys.stderr = _Tee(before[0], file), _Tee(before[1], file)
             descriptors: list[tuple[int, int]] = []
         else:  # also what libraries write past Python
             descriptors = [(number, os.dup(number)) for number in (1, 2)]
@@ -36,13 +36,14 @@ def rank_log(folder: Path, rank: int) -> Iterator[Path]:
 
 
 class _Tee:
-    """A stream that also writes to a file."""
+    """A stream that also writes to a file; a progress bar that overwrites itself stays out of it."""
 
     def __init__(self, stream: TextIO, file: TextIO) -> None:
         self._stream, self._file = stream, file
 
     def write(self, text: str) -> int:
-        self._file.write(text)
+        if "\r" not in text:
+            self._file.write(text)
         return self._stream.write(text)
 
     def __getattr__(self, name: str) -> object:

@@ -59,6 +59,14 @@ class MetricsWriter:
             ) from error
 
 
+class NoMetrics:
+    """For the processes that are not the first: it writes them for all."""
+
+    def write(self, step: int, row: dict[str, Any]) -> None: ...
+    def sync(self) -> None: ...
+    def close(self) -> None: ...
+
+
 def read_metrics(folder: Path) -> list[dict[str, Any]]:
     """The rows of a run, in order."""
     lines = (folder / FILE_NAME).read_text(encoding="utf-8").splitlines()

@@ -3,6 +3,7 @@ bit."""
 
 import os
 import time
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -12,6 +13,7 @@ import torch.utils.deterministic
 from sleeptrain.checkpoint import store
 from sleeptrain.checkpoint.durable import replace_file
 from sleeptrain.checkpoint.manifest import CheckpointError, differences
+from sleeptrain.checkpoint.reader import Checkpoint
 from sleeptrain.checkpoint.saver import Saver
 from sleeptrain.config import Config
 from sleeptrain.data.batch import Batch
@@ -19,13 +21,22 @@ from sleeptrain.data.stream import TrainStream
 from sleeptrain.engine.evaluation import as_row, as_table, check_difficulties, evaluate
 from sleeptrain.engine.figures import draw_learning_curve
 from sleeptrain.engine.garbage import collected_between_steps
-from sleeptrain.engine.metrics import FILE_NAME, MetricsWriter, check_wandb, peak_memory_gib, read_metrics
+from sleeptrain.engine.logs import rank_log
+from sleeptrain.engine.metrics import (
+    FILE_NAME,
+    MetricsWriter,
+    NoMetrics,
+    check_wandb,
+    peak_memory_gib,
+    read_metrics,
+)
 from sleeptrain.engine.progress import Progress
 from sleeptrain.engine.resilience import EXIT_REQUEUE, RunLock, SkipGuard, StopSignal, cut_metrics
 from sleeptrain.model.flops import peak_flops, training_flops
 from sleeptrain.model.visits import cut, plan
 from sleeptrain.optim.schedule import lr_factor, num_passes_at
-from sleeptrain.parallel.backend import LocalBackend, choose_device
+from sleeptrain.parallel.backend import choose_device
+from sleeptrain.parallel.place import Place, make_backend, open_place
 from sleeptrain.schema import ConfigError, to_dict
 from sleeptrain.tasks import Task, make_task
 
@@ -37,14 +48,15 @@ FREE_SETTINGS = (
     "run.num_threads",
     "run.allow_config_change",
     "dry_run",
+    "data.micro_batch_sequences",
     "sleep.activation_checkpointing",
 )
-FREE_SECTIONS = ("log.", "checkpoint.", "eval.")
+FREE_SECTIONS = ("log.", "checkpoint.", "eval.", "parallel.")
 
 
 def train(config: Config, frozen_config: str) -> int:
     """Trains to the end or to a stop signal; returns the exit code. ``frozen_config`` is written as
-    config.yaml."""
+    config.yaml. Every process of the run calls it."""
     check_wandb(config)
     choose_device(config.run.device)
     task = make_task(config.task)
@@ -56,40 +68,59 @@ def train(config: Config, frozen_config: str) -> int:
         raise ConfigError(
             f"run.dir={folder} cannot be made a folder ({error.strerror}); choose another"
         ) from error
-    with RunLock(folder), StopSignal() as stop:
-        return Trainer(config, task, folder, frozen_config).run(stop)
+    vocab_size = config.model.rounded_vocab(task.vocab_size)
+    with open_place(config, vocab_size, task.sequence_tokens) as place, rank_log(folder, place.rank):
+        _check_same_config(place, frozen_config)
+        with RunLock(folder) if place.rank == 0 else nullcontext(), StopSignal() as stop:
+            place.barrier()  # nobody works in the folder before the first has its lock
+            return Trainer(config, task, folder, frozen_config, place).run(stop)
+
+
+def _check_same_config(place: Place, frozen_config: str) -> None:
+    if place.from_first(frozen_config) != frozen_config:
+        raise ConfigError(
+            f"rank {place.rank} was started with other settings than rank 0; give all processes the same "
+            "arguments"
+        )
 
 
 class Trainer:
     """One run in its folder: the backend, the data order and everything that a checkpoint holds."""
 
-    def __init__(self, config: Config, task: Task, folder: Path, frozen_config: str) -> None:
-        self.config, self.task, self.folder = config, task, folder
+    def __init__(self, config: Config, task: Task, folder: Path, frozen_config: str, place: Place) -> None:
+        self.config, self.task, self.folder, self.place = config, task, folder, place
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # deterministic cuBLAS asks for it
         if config.run.num_threads:
             torch.set_num_threads(config.run.num_threads)
         # Not use_deterministic_algorithms: that loads the compiler, and would fill every empty tensor.
         torch.set_deterministic_debug_mode("error" if config.run.deterministic else "default")
         torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
-        self.backend = LocalBackend(config, self.task.vocab_size)
+        self.vocab_size = config.model.rounded_vocab(task.vocab_size)
+        self.backend = make_backend(config, self.vocab_size, place)
         self.stream = TrainStream(
-            self.task, config.run.seed, config.data.batch_sequences, config.sleep.window_tokens
+            task,
+            config.run.seed,
+            config.data.batch_sequences,
+            config.sleep.window_tokens,
+            place.replica,
+            place.num_replicas,
         )
         self.guard = SkipGuard(config.optim.max_skipped_steps)
         self.interval = Interval()
         self.works: dict[tuple[int, tuple[bool, ...]], Work] = {}
         kept = (config.checkpoint.keep_last, config.checkpoint.keep_every_steps)
-        self.saver = Saver(folder / "checkpoints", *kept)
+        self.saver = Saver(folder / "checkpoints", *kept, place.rank, place.world_size, place.barrier)
         self.step = 0
         self.documents = {"config": to_dict(config), "data": self.task.fingerprint()}
         self._resume()
-        replace_file(folder / "config.yaml", frozen_config.encode())
-        cut_metrics(folder / FILE_NAME, self.step)
+        if place.rank == 0:
+            replace_file(folder / "config.yaml", frozen_config.encode())
+            cut_metrics(folder / FILE_NAME, self.step)
 
     def run(self, stop: StopSignal) -> int:
         """The loop. Returns 0 at the end, EXIT_REQUEUE after a stop signal."""
         config, num_steps = self.config, self.config.optim.num_steps
-        metrics = MetricsWriter(self.folder, config)
+        metrics = MetricsWriter(self.folder, config) if self.place.rank == 0 else NoMetrics()
         progress = Progress(num_steps, self.step)
         progress.line(f"run {config.run.id}: step {self.step} of {num_steps} in {self.folder}")
         try:
@@ -101,19 +132,20 @@ class Trainer:
             progress.close()
             metrics.close()
         if self.step < num_steps:
-            print(
-                f"stopped by {stop.requested}; the same command goes on from step {self.saver.committed_step}"
-            )
+            reason = stop.requested or "a signal to another process"
+            print(f"stopped by {reason}; the same command goes on from step {self.saver.committed_step}")
             return EXIT_REQUEUE
+        if self.place.rank > 0:
+            return 0
         for path in draw_learning_curve(read_metrics(self.folder), self.folder / "figures", config.run.id):
             print(f"wrote {path}")
         return 0
 
-    def _loop(self, stop: StopSignal, metrics: MetricsWriter, progress: Progress) -> None:
+    def _loop(self, stop: StopSignal, metrics: MetricsWriter | NoMetrics, progress: Progress) -> None:
         """Steps until the last one is made or a stop is asked for."""
         config, num_steps = self.config, self.config.optim.num_steps
         with collected_between_steps() as collect:
-            while self.step < num_steps and not stop.requested:
+            while self.step < num_steps and not self.place.any(bool(stop.requested)):
                 memory_norms = self.train_step()
                 figures = None
                 if _due(self.step, config.log.every_steps):
@@ -178,7 +210,7 @@ class Trainer:
             windows = cut(self.task.sequence_tokens, config.sleep.window_tokens, batch.windows_with_loss)
             visits = plan(windows, num_passes, config.model, config.sleep)
             passes = {(v.window, v.pass_number) for v in visits}
-            cost = training_flops(config.model, config.sleep, windows, visits, self.task.vocab_size)
+            cost = training_flops(config.model, config.sleep, windows, visits, self.vocab_size)
             per_sequence = (sum(windows[w].stop - windows[w].start for w, _ in passes), *cost[1:])
             self.works[key] = Work(*(config.data.batch_sequences * x for x in per_sequence))
         return self.works[key]
@@ -192,7 +224,7 @@ class Trainer:
             return {}
         return self.interval.work.utilisation(self.interval.seconds, peak)
 
-    def _evaluate(self, metrics: MetricsWriter, progress: Progress) -> None:
+    def _evaluate(self, metrics: MetricsWriter | NoMetrics, progress: Progress) -> None:
         config, start = self.config, time.perf_counter()
         num_passes = sorted({config.sleep.num_passes, *config.eval.num_passes})
         results = evaluate(
@@ -209,7 +241,7 @@ class Trainer:
         metrics.write(self.step, row | {"eval_seconds": time.perf_counter() - start})
         progress.line(f"held out, after step {self.step}:\n{as_table(results, self.task.difficulty_name)}")
 
-    def _save(self, metrics: MetricsWriter, progress: Progress) -> None:
+    def _save(self, metrics: MetricsWriter | NoMetrics, progress: Progress) -> None:
         """Begins a checkpoint of the current step; it is written while the training goes on.
 
         Amid skipped updates nothing is saved: such checkpoints would push out the good ones, and the steps
@@ -222,7 +254,7 @@ class Trainer:
         self._warn(self.saver.wait(), progress)
         self.saver.save(self.step, self.backend.slices(), self.documents | {"trainer": trainer})
 
-    def _last_save(self, metrics: MetricsWriter, progress: Progress) -> None:
+    def _last_save(self, metrics: MetricsWriter | NoMetrics, progress: Progress) -> None:
         """Returns when the last step is on the disk. At the end of the run it raises CheckpointError if that
         fails; before, a full disk costs the checkpoint and not the run."""
         failure = self.saver.wait()
@@ -237,11 +269,20 @@ class Trainer:
         if failure:
             progress.line(f"warning: {failure}; training goes on")
 
+    def _newest_checkpoint(self) -> Checkpoint | None:
+        """The newest that is whole. The first process looks for it, and all read the same."""
+        path = None
+        if self.place.rank == 0:
+            found = store.find_latest(
+                self.folder / "checkpoints", report=lambda text: print(f"warning: {text}"), set_aside=True
+            )
+            path = found.path if found else None
+        path = self.place.from_first(path)
+        return Checkpoint(path) if path else None
+
     def _resume(self) -> None:
         """Goes on from the newest valid checkpoint; raises ConfigError when it belongs to another run."""
-        found = store.find_latest(
-            self.folder / "checkpoints", report=lambda text: print(f"warning: {text}"), set_aside=True
-        )
+        found = self._newest_checkpoint()
         if found is None:
             return
         saved = {name: found.documents.get(name, {}) for name in ("config", "data")}

@@ -45,7 +45,6 @@ class Backend(Protocol):
     def evaluate(self, batch: Batch, num_passes: int) -> Output: ...
     def slices(self) -> dict[str, list[Slice]]: ...
     def load(self, checkpoint: "Checkpoint") -> None: ...
-    def load_model(self, checkpoint: "Checkpoint") -> None: ...
 
 
 class LocalBackend:
@@ -64,7 +63,7 @@ class LocalBackend:
         for start in range(0, len(batch.ids), micro):
             part = batch.rows(slice(start, start + micro)).to(self.device)
             with self._autocast():
-                output = self.model(part, num_passes, trace=trace if traced and start == 0 else None)
+                output = self.model(part, num_passes, trace=trace if traced else None)
                 part_loss = output.loss_sum / num_targets
             part_loss.backward()
             loss += part_loss.detach()
@@ -116,7 +115,7 @@ class LocalBackend:
             own[name].copy_(values)
 
     def _autocast(self) -> AbstractContextManager:
-        return torch.autocast(self.device.type, torch.bfloat16, enabled=compute_dtype(self) == torch.bfloat16)
+        return autocast(self.config, self.device)
 
 
 def mean_norms(trace: list[PassTrace]) -> dict[int, tuple[float, float]]:
@@ -137,9 +136,14 @@ def choose_device(setting: str) -> torch.device:
     return torch.device(setting)
 
 
-def compute_dtype(backend: LocalBackend) -> torch.dtype:
+def compute_dtype(config: Config, device: torch.device) -> torch.dtype:
     """bfloat16 on CUDA and float32 on CPU unless ``run.precision`` says otherwise."""
-    setting = backend.config.run.precision
-    if setting == "auto":
-        return torch.bfloat16 if backend.device.type == "cuda" else torch.float32
-    return {"float32": torch.float32, "bfloat16": torch.bfloat16}[setting]
+    if config.run.precision == "auto":
+        return torch.bfloat16 if device.type == "cuda" else torch.float32
+    return {"float32": torch.float32, "bfloat16": torch.bfloat16}[config.run.precision]
+
+
+def autocast(config: Config, device: torch.device) -> AbstractContextManager:
+    """The same around every forward pass, whatever the backend."""
+    enabled = compute_dtype(config, device) == torch.bfloat16
+    return torch.autocast(device.type, torch.bfloat16, enabled=enabled)

@@ -11,6 +11,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from sleeptrain.checkpoint.reader import Checkpoint
+from sleeptrain.checkpoint.slices import Slice
 from sleeptrain.config import Config
 from sleeptrain.data.batch import Batch
 from sleeptrain.model.sleep import Output, PassTrace
@@ -79,6 +81,15 @@ class MegatronDeepspeedBackend:
                 dist.broadcast(result, last, group=pipeline)
         nll, predictions = (self._of_all_replicas(x)[:num_rows] for x in (nll, predictions))
         return Output(nll.sum(), nll, predictions, ())
+
+    def slices(self) -> dict[str, list[Slice]]:
+        """What this process alone holds of the logical tensors."""
+        return self.update.slices()
+
+    @torch.no_grad()
+    def load(self, checkpoint: Checkpoint) -> None:
+        """Takes over weights and optimizer state that any topology wrote, reading what it needs of them."""
+        self.update.load(checkpoint)
 
     def _backward(
         self, parts: Sequence[Batch], num_passes: int, scale: float, trace: list[PassTrace] | None

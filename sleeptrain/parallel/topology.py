@@ -8,6 +8,7 @@ talk most are neighbours.
 import os
 from dataclasses import dataclass
 from datetime import timedelta
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -42,6 +43,14 @@ class Topology:
         return dist.get_world_size()
 
     @property
+    def replica(self) -> int:
+        return self.data.rank()
+
+    @property
+    def num_replicas(self) -> int:
+        return self.data.size()
+
+    @property
     def is_first_stage(self) -> bool:
         return self.pipeline.rank() == 0
 
@@ -59,10 +68,11 @@ class Topology:
         dist.all_reduce(told, op=dist.ReduceOp.MAX, group=self.host)
         return bool(told)
 
-
-def world_size_given() -> int:
-    """Processes of this run as the launcher tells; 1 without a launcher."""
-    return int(os.environ.get("WORLD_SIZE", "1"))
+    def from_first(self, value: Any) -> Any:
+        """The value that rank 0 gives (of plain Python), everywhere."""
+        told = [value]
+        dist.broadcast_object_list(told, src=0, group=self.host)
+        return told[0]
 
 
 def join(config: ParallelConfig, device: torch.device, timeout_seconds: float = 600) -> Topology:
@@ -100,6 +110,15 @@ def join(config: ParallelConfig, device: torch.device, timeout_seconds: float = 
         ends=parallel_state.get_embedding_group() if in_ends else None,
         host=dist.new_group(backend="gloo"),
     )
+
+
+def leave() -> None:
+    """Gives the groups back at the end of a run."""
+    from megatron.core import parallel_state
+
+    dist.barrier()
+    parallel_state.destroy_model_parallel()
+    dist.destroy_process_group()
 
 
 def check_world(config: ParallelConfig, world_size: int) -> int:

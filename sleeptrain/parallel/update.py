@@ -10,13 +10,15 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from sleeptrain.checkpoint.reader import Checkpoint
+from sleeptrain.checkpoint.slices import Slice, whole
 from sleeptrain.config import OptimConfig
 from sleeptrain.optim.muon import orthogonalise, update_scale
-from sleeptrain.optim.optimizer import is_muon
+from sleeptrain.optim.optimizer import ADAMW_STATE, is_muon
 from sleeptrain.parallel.backend import UpdateResult
 from sleeptrain.parallel.stage import Held, part_of
 from sleeptrain.parallel.topology import Topology
-from sleeptrain.parallel.zero import Replicated, Shards
+from sleeptrain.parallel.zero import Fragment, Replicated, Shards
 
 
 class ShardedUpdate:
@@ -55,6 +57,34 @@ class ShardedUpdate:
         self.shards.step(lr_factor)
         self.num_updates += 1
         return UpdateResult(loss, grad_norm, applied)
+
+    def slices(self) -> dict[str, list[Slice]]:
+        """Weights and moments that this process speaks for: over all processes each element once."""
+        fragments = list(enumerate(self.shards.fragments))
+        counted = [(i, f) for i, f in fragments if self.is_counted(f.held)]
+        groups = {"model": [_slice(f, "", f.weight) for _, f in counted], "optimizer": []}
+        for i, f in counted if self.num_updates else []:
+            groups["optimizer"] += [_slice(f, f"/{key}", x) for key, x in self._moments(i).items()]
+        if self.topology.rank == 0:
+            groups["optimizer"].append(whole("num_updates", torch.tensor(self.num_updates)))
+        return groups
+
+    def load(self, checkpoint: Checkpoint) -> None:
+        """Takes over what any topology saved; KeyError where a tensor is missing, ValueError where the
+        shape of one is another."""
+        self.num_updates = int(checkpoint.read("optimizer", "num_updates"))
+        for i, f in enumerate(self.shards.fragments):
+            if checkpoint.shape("model", f.held.name) != tuple(f.held.shape):
+                raise ValueError(f"{f.held.name} has another shape there")
+            _read(checkpoint, "model", f, "", f.weight)
+            for key, x in self._moments(i).items() if self.num_updates else ():
+                _read(checkpoint, "optimizer", f, f"/{key}", x)
+        self.shards.refresh(self.num_updates)
+
+    def _moments(self, fragment: int) -> dict[str, Tensor]:
+        if fragment in self.momenta:
+            return {"momentum": self.momenta[fragment]}
+        return {key: self.shards.moment(fragment, key) for key in ADAMW_STATE}
 
     def _squared_norm(self, gradients: list[Tensor]) -> Tensor:
         counted = [g for g, f in zip(gradients, self.shards.fragments) if self.is_counted(f.held)]
@@ -116,3 +146,13 @@ def _by_shape(held: list[Held]) -> list[list[Held]]:
     for h in held:
         groups.setdefault((h.shape, h.box, h.split), []).append(h)
     return list(groups.values())
+
+
+def _slice(fragment: Fragment, suffix: str, values: Tensor) -> Slice:
+    held = fragment.held
+    return Slice(held.name + suffix, tuple(held.shape), held.box, fragment.start, values)
+
+
+def _read(checkpoint: Checkpoint, group: str, fragment: Fragment, suffix: str, into: Tensor) -> None:
+    held, stop = fragment.held, fragment.start + len(into)
+    into.copy_(checkpoint.read(group, held.name + suffix, held.box, fragment.start, stop))

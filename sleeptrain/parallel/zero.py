@@ -8,6 +8,7 @@ is read here is read nowhere else, and ``tests/distributed/test_zero.py`` pins t
 written for.
 """
 
+import logging
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any, NamedTuple, Protocol
@@ -17,12 +18,10 @@ from torch import Tensor, nn
 
 from sleeptrain.config import Config, OptimConfig
 from sleeptrain.model.sleep import SleepModel
-from sleeptrain.optim.optimizer import is_muon, takes_decay
+from sleeptrain.optim.optimizer import ADAMW_STATE, is_muon, takes_decay
 from sleeptrain.parallel.cpu_compat import prepare_deepspeed
 from sleeptrain.parallel.stage import Held
 from sleeptrain.parallel.topology import Topology, all_reduce_flat
-
-MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
 class Fragment(NamedTuple):
@@ -104,7 +103,9 @@ class ElementwiseStep(torch.optim.AdamW):
         state = self.state[parameter]
         if not state:
             state["step"] = torch.zeros((), dtype=torch.float32, device=parameter.device)
-            state |= {k: torch.zeros_like(parameter, memory_format=torch.preserve_format) for k in MOMENTS}
+            state |= {
+                k: torch.zeros_like(parameter, memory_format=torch.preserve_format) for k in ADAMW_STATE
+            }
         return state[key]
 
     def set_num_updates(self, num_updates: int) -> None:
@@ -238,8 +239,12 @@ class Zero3:
 
     def refresh(self, num_updates: int) -> None:
         self.optimizer.set_num_updates(num_updates)
+        self.sharder._partition_all_parameters()
         for i in range(len(self.sharder.fp16_groups)):
             self.sharder._reassign_or_swap_out_partitioned_parameters(i)
+        small: Any = self.sharder.persistent_parameters  # these stay gathered
+        if small:
+            small[0].all_gather(small)
 
     def _flat(self, parameter: Any, key: str | None = None) -> Tensor:
         group, start, length = self.sharder.grad_position[self.sharder.get_param_id(parameter)]
@@ -261,6 +266,7 @@ def _engine(model: nn.Module, optimizer: ElementwiseStep, config: Config, topolo
     prepare_deepspeed()
     import deepspeed
 
+    deepspeed.utils.logger.setLevel(logging.ERROR)  # it warns of every optimizer that it does not know
     zero: dict[str, Any] = {"stage": config.parallel.zero_stage, "overlap_comm": False}
     if config.parallel.offload_optimizer:
         zero["offload_optimizer"] = {"device": "cpu", "pin_memory": topology.device.type == "cuda"}
