@@ -1,11 +1,8 @@
 """Reading a checkpoint: any range of any box of its tensors, and nothing that is not as it was saved."""
 
-import hashlib
 import json
-import os
 import threading
-from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -14,19 +11,20 @@ import torch
 from torch import Tensor
 
 from sleeptrain.checkpoint import manifest
-from sleeptrain.checkpoint.manifest import ITEM_BYTES, PIECE_BYTES, CheckpointError, TensorEntry
+from sleeptrain.checkpoint.manifest import ITEM_BYTES, PIECE_BYTES, CheckpointError, TensorEntry, checksum
 from sleeptrain.checkpoint.slices import Box, Range, box_shape, common, num_elements, view, whole_box
+from sleeptrain.checkpoint.threads import NUM_CORES, run_all
 
-NUM_THREADS = min(8, os.cpu_count() or 1)
+NUM_THREADS = min(8, NUM_CORES)
 DOCUMENT = ".json"
-CHUNK_BYTES = 2**18  # small enough to be hashed before it leaves the cache of its core
+CHUNK_BYTES = 2**18  # small enough to be summed before it leaves the cache of its core
 _of_thread = threading.local()
 
 
 class Checkpoint:
     """An open checkpoint folder: manifest and documents are read at once, tensors when they are asked for.
 
-    ``documents`` are by file name without its ending. Whatever is read is compared with its hash; every
+    ``documents`` are by file name without its ending. Whatever is read is compared with its checksum; every
     method raises CheckpointError where the folder is not as it was saved.
     """
 
@@ -63,7 +61,7 @@ class Checkpoint:
         if not _is_inside(wanted, entry.shape):
             raise ValueError(f"{wanted} is not inside of tensor {name} of shape {list(entry.shape)}")
         values = torch.empty(wanted.stop - wanted.start, dtype=getattr(torch, entry.dtype))
-        _run(self._loads(name, entry, wanted, values))
+        run_all(self._loads(name, entry, wanted, values), NUM_THREADS)
         return values.view(box_shape(box)) if start == 0 and stop is None else values
 
     def read_all(self, group: str) -> dict[str, Tensor]:
@@ -74,20 +72,21 @@ class Checkpoint:
             tensors[name] = torch.empty(entry.shape, dtype=getattr(torch, entry.dtype))
             wanted = Range(whole_box(entry.shape), 0, tensors[name].numel())
             jobs += self._loads(name, entry, wanted, tensors[name].view(-1))
-        _run(jobs)
+        run_all(jobs, NUM_THREADS)
         return tensors
 
     def verify(self) -> None:
         """Reads every byte of every file once."""
         for name, entry in self._files.items():
             self._require_size(name)
-            self._fill(memoryview(bytearray(entry.head_bytes)), name, 0, entry.sha256)
-        _run(
+            self._fill(memoryview(bytearray(entry.head_bytes)), name, 0, entry.crc32)
+        pieces = (
             partial(self._verify_piece, piece, name)
             for tensors in self._groups.values()
             for name, entry in tensors.items()
             for piece in _pieces(entry)
         )
+        run_all(pieces, NUM_THREADS)
 
     def _entry(self, group: str, name: str) -> TensorEntry:
         found = self._groups.get(group, {}).get(name)
@@ -98,7 +97,7 @@ class Checkpoint:
     def _document(self, name: str) -> dict[str, Any]:
         self._require_size(name)
         data = bytearray(self._files[name].size_bytes)
-        self._fill(memoryview(data), name, 0, self._files[name].sha256)
+        self._fill(memoryview(data), name, 0, self._files[name].crc32)
         return json.loads(data)
 
     def _loads(
@@ -110,7 +109,7 @@ class Checkpoint:
                 yield partial(self._load, name, piece, wanted, values)
 
     def _load(self, name: str, piece: "Piece", wanted: Range, values: Tensor) -> None:
-        (box, start, stop), place = piece.held, (piece.file, piece.offset, piece.sha256, name)
+        (box, start, stop), place = piece.held, (piece.file, piece.offset, piece.crc32, name)
         if box == wanted.box and wanted.start <= start and stop <= wanted.stop:
             self._fill(_bytes(values[start - wanted.start : stop - wanted.start]), *place)
             return
@@ -120,26 +119,26 @@ class Checkpoint:
             view(values, wanted, shared).copy_(view(found.view(values.dtype), piece.held, shared))
 
     def _verify_piece(self, piece: "Piece", name: str) -> None:
-        self._fill(_bytes(_scratch(piece.num_bytes)), piece.file, piece.offset, piece.sha256, name)
+        self._fill(_bytes(_scratch(piece.num_bytes)), piece.file, piece.offset, piece.crc32, name)
 
-    def _fill(self, target: memoryview, file: str, offset: int, sha256: str, tensor: str = "") -> None:
-        """Reads part of a file and compares it with its hash."""
+    def _fill(self, target: memoryview, file: str, offset: int, crc32: str, tensor: str = "") -> None:
+        """Reads part of a file and compares it with its checksum."""
         where = f"{self.path.name}/{file}"
-        done, found = 0, hashlib.sha256()
+        done, found = 0, "0"
         try:
             with (self.path / file).open("rb", buffering=0) as opened:
                 opened.seek(offset)
                 while size := opened.readinto(target[done : done + CHUNK_BYTES]):
-                    found.update(target[done : done + size])
+                    found = checksum(target[done : done + size], found)
                     done += size
         except OSError as error:
             raise CheckpointError(f"{where} cannot be read: {error.strerror}") from error
         if done < len(target):
             self._require_size(file)
-        if found.hexdigest() != sha256:
+        if found != crc32:
             part = f" in tensor {tensor}" if tensor else ""
             raise CheckpointError(
-                f"{where} is damaged{part}: its hash differs from the one in {manifest.FILE}"
+                f"{where} is damaged{part}: its checksum differs from the one in {manifest.FILE}"
             )
 
     def _require_size(self, file: str) -> None:
@@ -154,12 +153,12 @@ class Checkpoint:
 
 
 class Piece(NamedTuple):
-    """The bytes that one hash covers, and the elements they are."""
+    """The bytes that one checksum covers, and the elements they are."""
 
     file: str
     offset: int
     num_bytes: int
-    sha256: str
+    crc32: str
     held: Range
 
 
@@ -167,11 +166,11 @@ def _pieces(entry: TensorEntry) -> Iterator[Piece]:
     item_bytes = ITEM_BYTES[entry.dtype]
     length = PIECE_BYTES // item_bytes
     for part in entry.slices:
-        for number, sha256 in enumerate(part.sha256):
+        for number, crc32 in enumerate(part.crc32):
             first = number * length
             last = min(first + length, part.length)
             place = (part.offset + first * item_bytes, (last - first) * item_bytes)
-            yield Piece(part.file, *place, sha256, Range(part.box, part.start + first, part.start + last))
+            yield Piece(part.file, *place, crc32, Range(part.box, part.start + first, part.start + last))
 
 
 def _meet(a: Range, b: Range) -> bool:
@@ -196,14 +195,3 @@ def _scratch(num_bytes: int) -> Tensor:
 
 def _bytes(values: Tensor) -> memoryview:
     return values.view(torch.uint8).numpy().data
-
-
-def _run(jobs: Iterable[Callable[[], None]]) -> None:
-    """Does all jobs, several at a time; raises the error of the first that failed."""
-    jobs = list(jobs)
-    if len(jobs) == 1:
-        return jobs[0]()
-    with ThreadPoolExecutor(NUM_THREADS) as pool:
-        for _ in pool.map(lambda job: job(), jobs):
-            pass
-    return None

@@ -1,12 +1,13 @@
-"""What one process does of a save: copy its slices to host memory, then write and hash them.
+"""What one process does of a save: copy its slices to host memory, then write them with their checksums.
 
 A group of slices becomes one safetensors file. Slices that hold a whole tensor have its name and shape there,
 so that any program can read what one process wrote; others are 1-D, with their place in the name.
 """
 
 import json
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -21,11 +22,14 @@ from sleeptrain.checkpoint.manifest import (
     FileEntry,
     SliceEntry,
     TensorEntry,
-    hash_of,
+    checksum,
 )
 from sleeptrain.checkpoint.slices import Box, Slice, box_shape, num_elements
+from sleeptrain.checkpoint.threads import NUM_CORES, run_all
 
-NUM_HASH_THREADS = 2  # with the thread that writes enough to keep up with a disk of 2 GB/s
+NUM_COPY_THREADS = min(4, NUM_CORES)
+COPY_ELEMENTS = 2**20
+NUM_CHECKSUM_THREADS = 2  # with the thread that writes enough to keep up with a disk of 2 GB/s
 _CODES = {
     **{"bool": "BOOL", "bfloat16": "BF16", "float8_e4m3fn": "F8_E4M3", "float8_e5m2": "F8_E5M2"},
     **{f"float{bits}": f"F{bits}" for bits in (16, 32, 64)},
@@ -66,17 +70,20 @@ class HostMemory:
 
     def copy(self, groups: dict[str, list[Slice]]) -> dict[str, StagedGroup]:
         """Copies slices off their devices, bit for bit; raises ValueError for what cannot be a slice."""
-        staged, devices = {}, set()
+        staged: dict[str, StagedGroup] = {}
+        copies: list[Callable[[], Tensor]] = []
+        devices = {s.values.device for slices in groups.values() for s in slices if s.values.is_cuda}
         for group, slices in groups.items():
             ordered = sorted(slices, key=lambda s: (-s.values.element_size(), s.name, s.box, s.start))
             parts = list(_parts(ordered))
-            num_bytes = parts[-1].end if parts else 0
-            buffer = self._buffer(group, num_bytes, pinned=any(s.values.is_cuda for s in slices))
+            buffer = self._buffer(group, parts[-1].end if parts else 0, pinned=bool(devices))
             for part, piece in zip(parts, ordered):
                 target = buffer[part.offset : part.end].view(piece.values.dtype)
-                target.copy_(piece.values.detach(), non_blocking=True)
-            devices |= {s.values.device for s in slices if s.values.is_cuda}
-            staged[group] = StagedGroup(parts, buffer.numpy().data[:num_bytes])
+                pairs = zip(target.split(COPY_ELEMENTS), piece.values.detach().split(COPY_ELEMENTS))
+                copies += [partial(a.copy_, b, non_blocking=True) for a, b in pairs]
+            staged[group] = StagedGroup(parts, buffer.numpy().data[: parts[-1].end if parts else 0])
+        # One thread cannot fill the memory bus; a GPU's copies belong in the stream of this one.
+        run_all(copies, num_threads=1 if devices else NUM_COPY_THREADS)
         for device in devices:
             torch.cuda.synchronize(device)
         return staged
@@ -93,17 +100,17 @@ class HostMemory:
 def write_groups(folder: Path, writer: int, staged: dict[str, StagedGroup]) -> Contents:
     """Writes a file per group, with ``writer`` in its name, and forces it to the disk; raises OSError."""
     contents = Contents({}, {})
-    with ThreadPoolExecutor(NUM_HASH_THREADS) as pool:
-        hashes = {
-            group: [pool.map(hash_of, pieces) for pieces in _pieces(*staged[group])] for group in staged
+    with ThreadPoolExecutor(NUM_CHECKSUM_THREADS) as pool:
+        checksums = {
+            group: [pool.map(checksum, pieces) for pieces in _pieces(*staged[group])] for group in staged
         }
         for group, (parts, data) in staged.items():
             file, header = f"{group}_{writer:05d}.safetensors", _header(parts)
             if len(data):
                 write_new(folder / file, header, data)
-                contents.files[file] = FileEntry(len(header) + len(data), len(header), hash_of(header))
+                contents.files[file] = FileEntry(len(header) + len(data), len(header), checksum(header))
             tensors = contents.groups.setdefault(group, {})
-            for part, of_part in zip(parts, hashes[group]):
+            for part, of_part in zip(parts, checksums[group]):
                 entry = tensors.setdefault(part.name, TensorEntry(part.dtype, part.shape, []))
                 if part.length:
                     place = (file, len(header) + part.offset, part.box, part.start, part.length)

@@ -7,8 +7,8 @@ from sleeptrain.checkpoint.manifest import CheckpointError, Contents, FileEntry,
 from sleeptrain.checkpoint.reader import Checkpoint
 
 DOCUMENT = b'{"a": 1}'
-TENSOR_FILE = FileEntry(24, 8, manifest.hash_of(b"headhead"))
-HALF = SliceEntry("model_00000.safetensors", 8, ((0, 2), (0, 2)), 0, 4, (manifest.hash_of(b"x" * 16),))
+TENSOR_FILE = FileEntry(24, 8, manifest.checksum(b"headhead"))
+HALF = SliceEntry("model_00000.safetensors", 8, ((0, 2), (0, 2)), 0, 4, (manifest.checksum(b"x" * 16),))
 TENSOR = TensorEntry("float32", (2, 2), [HALF])
 
 
@@ -58,7 +58,7 @@ def test_a_tensor_is_one_line(folder):
         (lambda f: (f / "data.json").write_bytes(b""), "data.json is empty: expected 8 bytes, found 0"),
         (lambda f: (f / "data.json").write_bytes(b"{"), "data.json is truncated: expected 8 bytes, found 1"),
         (lambda f: (f / "data.json").write_bytes(b" " * 9), "is too long: expected 8 bytes, found 9"),
-        (lambda f: (f / "data.json").write_bytes(b'{"a": 2}'), "data.json is damaged: its hash differs"),
+        (lambda f: (f / "data.json").write_bytes(b'{"a": 2}'), "data.json is damaged: its checksum differs"),
         (lambda f: (f / "extra.bin").touch(), "extra.bin is not part of the checkpoint"),
         (lambda f: (f / "extra").mkdir(), "step_00000012/extra is not part of the checkpoint"),
         (lambda f: (f / "manifest.json").unlink(), "manifest.json is missing"),
@@ -102,7 +102,7 @@ def test_a_changed_blank_is_noticed(folder):
         {"box": [["0", 2], [0, 2]]},
         {"file": "../data.json"},
         {"file": "data.json"},
-        {"sha256": []},
+        {"crc32": []},
         {"surplus": 1},
     ],
 )

@@ -67,7 +67,7 @@ def test_four_tensor_parallel_ranks_with_zero_fragments_read_by_two_and_by_one(t
     assert torch.equal(checkpoint.read("model", "w"), tensor)
 
 
-def test_slices_longer_than_what_one_hash_covers(tmp_path):
+def test_slices_longer_than_what_one_checksum_covers(tmp_path):
     length = manifest.PIECE_BYTES // 8 * 2 + 1000
     tensor = torch.arange(length * 3, dtype=torch.int64).view(3, length)
     checkpoint = Checkpoint(save_groups(tmp_path, 3, wholes({"model": {"w": tensor}})))
@@ -136,7 +136,7 @@ def check_that_reading_notices(checkpoint, message):
         checkpoint.read(group, other)
 
 
-def test_every_byte_of_every_file_has_a_hash(tmp_path):
+def test_every_byte_of_every_file_has_a_checksum(tmp_path):
     path = save_groups(
         tmp_path, 1, wholes({"model": numbered(), "data": {"b": torch.ones(3).bool()}}), {"a": {}}
     )
@@ -235,5 +235,5 @@ def test_a_range_is_read_without_the_rest(tmp_path):
     checkpoint, half = Checkpoint(path), ((0, 32), (0, 8))
     assert num_elements(half) == 256
     assert torch.equal(checkpoint.read("model", "w", half), tensor[:32])
-    with pytest.raises(CheckpointError, match="in tensor w: its hash differs"):
+    with pytest.raises(CheckpointError, match="in tensor w: its checksum differs"):
         checkpoint.read("model", "w", ((32, 64), (7, 8)))
