@@ -25,6 +25,7 @@ from sleeptrain.checkpoint.slices import Slice
 from sleeptrain.checkpoint.writer import HostMemory, StagedGroup, write_groups
 
 WRITTEN, REASON = "written_{:05d}.json", "reason_{:05d}.txt"
+GIVEN_UP = "another process gave it up"
 PATIENCE_SECONDS, FAREWELL_SECONDS = 1800.0, 10.0
 
 
@@ -113,14 +114,14 @@ class Saver:
         try:
             if self.rank == 0:
                 self._write_and_commit(step, folder, staged, texts)
-            else:
-                self._write_and_wait(step, folder, staged)
-            self.committed_step = step
-            if self.rank == 0:
                 store.settle(self.checkpoints_dir)
                 store.retain(self.checkpoints_dir, step, self.keep_last, self.keep_every_steps)
+            else:
+                self._write_and_wait(step, folder, staged)
+                self.committed_step = step
         except Exception as error:  # of any kind: training goes on, and the other processes must hear of it
-            sentence = self._sentence(step, error)
+            given_up = isinstance(error, FileNotFoundError) and not folder.exists()
+            sentence = self._sentence(step, CheckpointError(GIVEN_UP) if given_up else error)
             with suppress(OSError):
                 sentence = self._give_up(folder, sentence)
             self._failure = CheckpointError(sentence)
@@ -138,6 +139,8 @@ class Saver:
         manifest.write(folder, step, contents)
         sync_folder(folder)
         store.commit(folder, self.checkpoints_dir / manifest.step_name(step))
+        self.committed_step = step  # from here on the other processes may say so, too
+        sync_folder(self.checkpoints_dir)
 
     def _write_and_wait(self, step: int, folder: Path, staged: dict[str, StagedGroup]) -> None:
         """Returns when process 0 has committed."""
@@ -147,7 +150,7 @@ class Saver:
             raise CheckpointError("process 0 did not commit it in time")
         target = self.checkpoints_dir / manifest.step_name(step)
         if not target.exists() or target.stat().st_ino != identity:
-            raise CheckpointError("another process gave it up")
+            raise CheckpointError(GIVEN_UP)
 
     def _write(self, folder: Path, staged: dict[str, StagedGroup]) -> None:
         """This process' files, and then the news of them, which appears whole or not at all."""

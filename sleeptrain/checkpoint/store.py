@@ -16,7 +16,6 @@ from contextlib import suppress
 from pathlib import Path
 
 from sleeptrain.checkpoint import manifest
-from sleeptrain.checkpoint.durable import sync_folder
 from sleeptrain.checkpoint.manifest import CheckpointError
 from sleeptrain.checkpoint.reader import Checkpoint
 
@@ -74,11 +73,13 @@ def begun(checkpoints_dir: Path, step: int) -> Path | None:
 
 
 def commit(temporary: Path, target: Path) -> None:
-    """Gives a finished folder its name, in the place of a checkpoint of the same step. Raises OSError."""
+    """Gives a finished folder its name, in the place of a checkpoint of the same step. Raises OSError.
+
+    It lasts once the folder of checkpoints is forced to the disk.
+    """
     if target.exists():
         target.rename(target.with_name(manifest.ASIDE + target.name))
     temporary.rename(target)
-    sync_folder(target.parent)
 
 
 def give_up(temporary: Path) -> Path:
