@@ -2,15 +2,19 @@
 
 import os
 import sys
+import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TextIO
 
+from sleeptrain.schema import ConfigError, RunError
+
 
 @contextmanager
 def rank_log(folder: Path, rank: int) -> Iterator[Path]:
-    """Appends standard output and error to this rank's file; those of ranks above 0 go nowhere else."""
+    """Appends standard output and error to this rank's file, and what ends the run; those of ranks above 0 go
+    nowhere else."""
     path = folder / "logs" / f"rank_{rank}.log"
     path.parent.mkdir(parents=True, exist_ok=True)
     sys.stdout.flush()
@@ -26,6 +30,10 @@ def rank_log(folder: Path, rank: int) -> Iterator[Path]:
                 os.dup2(file.fileno(), number)
         try:
             yield path
+        except Exception as error:
+            expected = isinstance(error, (ConfigError, RunError))
+            file.write(f"error: {error}\n" if expected else traceback.format_exc())
+            raise
         finally:
             sys.stdout.flush()
             sys.stderr.flush()

@@ -36,7 +36,7 @@ from sleeptrain.model.flops import peak_flops, training_flops
 from sleeptrain.model.visits import cut, plan
 from sleeptrain.optim.schedule import lr_factor, num_passes_at
 from sleeptrain.parallel.backend import choose_device
-from sleeptrain.parallel.place import Place, make_backend, open_place
+from sleeptrain.parallel.place import Place, make_backend, open_place, rank_given
 from sleeptrain.schema import ConfigError, to_dict
 from sleeptrain.tasks import Task, make_task
 
@@ -69,7 +69,7 @@ def train(config: Config, frozen_config: str) -> int:
             f"run.dir={folder} cannot be made a folder ({error.strerror}); choose another"
         ) from error
     vocab_size = config.model.rounded_vocab(task.vocab_size)
-    with open_place(config, vocab_size, task.sequence_tokens) as place, rank_log(folder, place.rank):
+    with rank_log(folder, rank_given()), open_place(config, vocab_size, task.sequence_tokens) as place:
         _check_same_config(place, frozen_config)
         with RunLock(folder) if place.rank == 0 else nullcontext(), StopSignal() as stop:
             place.barrier()  # nobody works in the folder before the first has its lock

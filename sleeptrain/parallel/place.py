@@ -55,6 +55,11 @@ def world_size_given() -> int:
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
+def rank_given() -> int:
+    """This process's number as the launcher tells; 0 without a launcher."""
+    return int(os.environ.get("RANK", "0"))
+
+
 def is_alone(config: Config) -> bool:
     """Whether the run is one process of plain torch: nothing asks for more, and no launcher started more."""
     world_size = world_size_given()

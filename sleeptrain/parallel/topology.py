@@ -80,6 +80,7 @@ def join(config: ParallelConfig, device: torch.device, timeout_seconds: float = 
     number. Once per process."""
     from megatron.core import parallel_state
 
+    os.environ.setdefault("LOCAL_RANK", "0")  # DeepSpeed insists on it
     if not dist.is_initialized():
         if device.type == "cuda":
             torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
