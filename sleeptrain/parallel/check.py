@@ -1,7 +1,7 @@
 """Whether a run can be spread as asked: all checks of degrees, before anything expensive starts."""
 
 from sleeptrain.config import Config
-from sleeptrain.parallel.layout import blocks_of_stage, check_tensor_size
+from sleeptrain.parallel.layout import blocks_of_stage, check_tensor_size, micro_batch_of
 from sleeptrain.parallel.topology import check_world
 from sleeptrain.schema import ConfigError
 
@@ -17,12 +17,6 @@ def check_degrees(config: Config, vocab_size: int, sequence_tokens: int, world_s
     if parallel.sequence_parallel:
         _check_windows(config, sequence_tokens)
     return replicas
-
-
-def micro_batch_of(config: Config, rows: int) -> int:
-    """Rows of one forward/backward of a replica that has ``rows``: as set, else as many as fill the
-    pipeline once."""
-    return config.data.micro_batch_sequences or rows // config.parallel.pipeline_size
 
 
 def _check_rows(config: Config, replicas: int) -> None:

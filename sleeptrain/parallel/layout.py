@@ -15,9 +15,9 @@ from typing import NamedTuple
 import torch
 
 from sleeptrain.config import Config, ModelConfig
-from sleeptrain.model.flops import FLOAT32_BYTES
+from sleeptrain.model.flops import FLOAT32_BYTES, activation_bytes
 from sleeptrain.model.sleep import SleepModel
-from sleeptrain.model.visits import Segment, Window, segments_of
+from sleeptrain.model.visits import Segment, Visit, Window, plan, segments_of
 from sleeptrain.optim.optimizer import is_muon, takes_decay
 from sleeptrain.schema import ConfigError
 
@@ -134,9 +134,9 @@ class Share(NamedTuple):
 
 
 class RankBytes(NamedTuple):
-    """Device memory of one rank. ``weights`` as the model computes with, ``masters``: DeepSpeed's own copy of
-    what this replica updates; ``gradients`` are whole, whatever the ZeRO stage, because they add up over all
-    visits before they are reduced once. Activations and messages are gone when the update begins."""
+    """Device memory of one rank. ``weights``: what the model computes with; ``masters``: DeepSpeed's own copy
+    of those that this replica updates. ``gradients`` are whole, whatever the ZeRO stage, because they add up
+    over all visits before they are reduced once. Activations are gone when the update begins."""
 
     weights: int
     masters: int
@@ -148,8 +148,8 @@ class RankBytes(NamedTuple):
 
     @property
     def total(self) -> int:
-        fixed = self.weights + self.masters + self.gradients + self.optimizer
-        return fixed + max(self.activations + self.messages, self.update)
+        fixed = self.weights + self.masters + self.gradients + self.optimizer + self.messages
+        return fixed + max(self.activations, self.update)
 
 
 def shares_of_stage(config: Config, vocab_size: int, stage: int) -> list[Share]:
@@ -187,36 +187,175 @@ def _shapes(config: Config, vocab_size: int) -> dict[str, torch.Size]:
 def rank_bytes(
     config: Config, vocab_size: int, windows: Sequence[Window], replicas: int, stage: int
 ) -> RankBytes:
-    """What the busiest moment of a step needs on a rank of this stage, in the first replica."""
+    """What the fullest moment of a step needs on a rank of this stage, in the first replica."""
     shares = shares_of_stage(config, vocab_size, stage)
-    activations, messages = _live_bytes(config, vocab_size, windows, replicas, stage)
-    return RankBytes(
-        *fixed_bytes_of(config, shares, replicas),
-        activations,
-        messages,
-        _update_bytes(config, shares, replicas),
-    )
+    fixed = fixed_bytes(config, shares, replicas)
+    activations, messages = live_bytes(config, vocab_size, windows, replicas, stage)
+    if _zero_stage(config, replicas) == 3:  # takes its room at the start
+        messages += FLOAT32_BYTES * BUCKET_ELEMENTS
+    return RankBytes(*fixed, activations, messages, _update_bytes(config, shares, replicas))
 
 
-def fixed_bytes_of(config: Config, shares: Sequence[Share], replicas: int) -> tuple[int, int, int, int]:
-    """Weights, masters, gradients and moments; a replica's part of a group is filled up to even length."""
-    parallel, whole = config.parallel, sum(share.num_elements for share in shares)
+def fixed_bytes(config: Config, shares: Sequence[Share], replicas: int) -> tuple[int, int, int, int]:
+    """Weights, masters, gradients, and moments: Muon's momentum, AdamW's two. DeepSpeed fills each replica's
+    part of a group of weights up to an even number."""
+    stage, whole = _zero_stage(config, replicas), sum(share.num_elements for share in shares)
     groups: dict[tuple[bool, bool], list[int]] = {}
     for share in shares:
         kind = (is_muon(share.name, share.shape), takes_decay(share.name))
         groups.setdefault(kind, []).append(share.num_elements)
-    of_muon = sum(sum(sizes) for (muon, _), sizes in groups.items() if muon)
-    if parallel.zero_stage == 0:
-        return tuple(FLOAT32_BYTES * n for n in (whole, 0, whole, 2 * whole - of_muon))  # type: ignore[return-value]
-    if parallel.zero_stage == 3:
+    muon = sum(sum(sizes) for (by_muon, _), sizes in groups.items() if by_muon)
+    if stage == 0:
+        return _float32(whole, 0, whole, 2 * whole - muon)
+    if stage == 3:
         parts = {kind: sum(-(-n // replicas) for n in sizes) for kind, sizes in groups.items()}
-        weights = sum(parts.values()) + (min(whole, GATHERED_ELEMENTS) if replicas > 1 else 0)
-        owned = parts.get((True, True), 0)
+        weights = sum(parts.values()) + min(whole, GATHERED_ELEMENTS)
     else:
         parts = {kind: 2 * -(-sum(sizes) // (2 * replicas)) for kind, sizes in groups.items()}
         weights = replicas * sum(parts.values())
-        owned = min(of_muon, parts.get((True, True), 0))
-    moments = owned + 2 * sum(part for (muon, _), part in parts.items() if not muon)
-    on_device = 0 if parallel.offload_optimizer else 1
-    numbers = (weights, on_device * sum(parts.values()), whole, on_device * moments)
-    return tuple(FLOAT32_BYTES * n for n in numbers)  # type: ignore[return-value]
+    moments = sum(min(muon, part) if by_muon else 2 * part for (by_muon, _), part in parts.items())
+    on_device = 0 if config.parallel.offload_optimizer else 1
+    return _float32(weights, on_device * sum(parts.values()), whole, on_device * moments)
+
+
+def _float32(*numbers: int) -> tuple[int, int, int, int]:
+    weights, masters, gradients, moments = (FLOAT32_BYTES * number for number in numbers)
+    return weights, masters, gradients, moments
+
+
+def _zero_stage(config: Config, replicas: int) -> int:
+    """0 also for plain torch."""
+    return 0 if config.parallel.is_local and replicas == 1 else config.parallel.zero_stage
+
+
+def _update_bytes(config: Config, shares: Sequence[Share], replicas: int) -> int:
+    """What reducing and updating needs for a while: a flat copy or a bucket of gradients, this replica's part
+    of them; and Muon's matrices of one shape, whole, with the products of an iteration."""
+    stage, whole = _zero_stage(config, replicas), sum(share.num_elements for share in shares)
+    by_shape: dict[torch.Size, int] = {}
+    for share in shares:
+        if is_muon(share.name, share.shape):
+            by_shape[share.shape] = by_shape.get(share.shape, 0) + 1
+    muon = max((n * (5 * math.prod(s) + 3 * min(s) ** 2) for s, n in by_shape.items()), default=0)
+    if stage == 0:
+        return FLOAT32_BYTES * max(whole if replicas > 1 else 0, muon)
+    part = whole // replicas
+    return FLOAT32_BYTES * (part + max(BUCKET_ELEMENTS if stage < 3 else 0, muon))
+
+
+def micro_batch_of(config: Config, rows: int) -> int:
+    """Rows of one forward/backward of a replica that has ``rows``: as set, else as many as fill the
+    pipeline once."""
+    return config.data.micro_batch_sequences or rows // config.parallel.pipeline_size
+
+
+def live_bytes(
+    config: Config, vocab_size: int, windows: Sequence[Window], replicas: int, stage: int
+) -> tuple[int, int]:
+    """Most bytes of activations, and of messages, that a stage holds at once.
+
+    A pipeline holds the visits between their forward and backward passes, and of each what it sent on.
+    """
+    num_stages, rows = config.parallel.pipeline_size, config.data.batch_sequences // replicas
+    micro = micro_batch_of(config, rows)
+    held, again = visit_bytes(config, vocab_size, windows, stage)
+    if num_stages == 1:
+        return micro * (sum(held) + again), 0
+    longest = max(window.stop - window.start for window in windows)
+    message = FLOAT32_BYTES * longest * config.model.d_model
+    num_micro = min(rows // micro, 3 * num_stages)  # then it repeats
+    activations = most_in_flight(held, num_micro, num_stages, stage)
+    messages = most_in_flight([message] * len(held), num_micro, num_stages, stage)
+    return micro * (activations + again), micro * (
+        messages + 4 * message
+    )  # 4: both directions, h and its gradient
+
+
+def most_in_flight(sizes: Sequence[int], num_micro: int, num_stages: int, stage: int) -> int:
+    """Largest sum of the sizes of visits that are between forward and backward pass, in the interleaved
+    schedule of megatron-core: about (V - 1) p + 2 (p - 1) visits on the first stage."""
+    groups = [range(i, min(i + num_stages, num_micro)) for i in range(0, num_micro, num_stages)]
+    forward = [size for group in groups for size in sizes for _ in group]
+    backward = [size for group in groups for size in reversed(sizes) for _ in group]
+    behind = num_stages - stage - 1
+    warmup = behind if len(sizes) == 1 else 2 * behind + (len(sizes) - 1) * num_stages
+    alive = most = sum(forward[:warmup])
+    for enters, leaves in zip(forward[warmup:], backward):
+        most = max(most, alive + enters)
+        alive += enters - leaves
+    return most
+
+
+def visit_bytes(
+    config: Config, vocab_size: int, windows: Sequence[Window], stage: int
+) -> tuple[list[int], int]:
+    """Bytes of one sequence that each visit holds on a stage until its backward pass, as activation
+    checkpointing leaves them; and the most that one of them needs beside when it is computed again."""
+    sleep, mode = config.sleep, config.sleep.activation_checkpointing
+    part = model_of_rank(config, stage)
+    visits = plan(windows, sleep.num_passes, config.model, sleep)
+    vocab_part = vocab_size // config.parallel.tensor_size
+    bodies = _bodies(config, part, windows, visits, stage)
+    held, again = [], 0
+    for visit, body in zip(visits, bodies):
+        tokens = windows[visit.window].stop - windows[visit.window].start
+        h = FLOAT32_BYTES * tokens * part.d_model
+        here = [part.blocks[i] for i in segments_of(part).get(visit.segment, ())]
+        memory = FLOAT32_BYTES * part.memory_heads * part.memory_key_dim * part.memory_value_dim
+        states = memory * sum(spec.is_fast_weight for spec in here)
+        of_blocks = len(here) * h + states
+        largest = body // max(1, len(here))
+        if body and mode in ("pass", "both") and not visit.is_kept:
+            again = max(again, body if mode == "pass" else of_blocks + largest)
+            body = h + states
+        elif body and mode in ("block", "both"):
+            again, body = max(again, largest), of_blocks
+        head = 3 * h + FLOAT32_BYTES * tokens * vocab_part
+        speaks = visit.has_loss and stage == config.parallel.pipeline_size - 1
+        held.append(body + (head if speaks else 0))
+    return held, again
+
+
+def _bodies(
+    config: Config, part: ModelConfig, windows: Sequence[Window], visits: Sequence[Visit], stage: int
+) -> list[int]:
+    """Bytes of one sequence that the blocks of a stage save in each visit; 0 where no gradient comes by."""
+    sleep, segments = config.sleep, segments_of(config.model)
+    mine = blocks_of_stage(config.model, stage, config.parallel.pipeline_size)
+
+    def writes(blocks: range) -> bool:
+        return any(config.model.blocks[i].is_fast_weight or sleep.eviction == "sliding" for i in blocks)
+
+    sizes: list[int] = []
+    later: list[Visit] = []
+    after = 0
+    for visit in reversed(visits):
+        here = mine.get(visit.segment, range(0))
+        is_read = visit.is_read or (bool(here) and writes(range(here.stop, segments[visit.segment].stop)))
+        if here and (is_read or writes(here)):
+            later = [visit._replace(is_read=is_read, has_loss=False), *later]
+        total = activation_bytes(part, sleep, windows, later, 1, per_pass=False)
+        sizes.append(total - after)
+        after = total
+    return sizes[::-1]
+
+
+def model_of_rank(config: Config, stage: int) -> ModelConfig:
+    """The blocks that a rank computes, as if they were a model of their own."""
+    model, size = config.model, config.parallel.tensor_size
+    here = blocks_of_stage(model, stage, config.parallel.pipeline_size)
+    words = model.pattern.split() * model.pattern_repeats
+    return replace(
+        model,
+        pattern=" ".join(words[i] for blocks in here.values() for i in blocks),
+        pattern_repeats=1,
+        prelude_blocks=len(here.get("prelude", ())),
+        coda_blocks=len(here.get("coda", ())),
+        num_heads=model.num_heads // size,
+        num_kv_heads=model.kv_heads // size,
+        head_dim=model.attention_head_dim,
+        memory_heads=model.memory_heads // size,
+        memory_qk_heads=model.qk_heads // size,
+        mlp_dim=model.mlp_hidden // size,
+        jet_reduction=max(1, model.jet_reduction // size),  # its hidden layer is not split
+    )
