@@ -21,7 +21,6 @@ from sleeptrain.model.visits import Segment, Visit, Window, plan, segments_of
 from sleeptrain.optim.optimizer import is_muon, takes_decay
 from sleeptrain.schema import ConfigError
 
-BUCKET_ELEMENTS = 500_000_000  # what DeepSpeed reduces at a time: the room is taken whatever the model
 GATHERED_ELEMENTS = 1_000_000_000  # what ZeRO 3 leaves gathered
 
 Box = tuple[tuple[int, int], ...]  # start and stop in each dimension of a logical tensor
@@ -192,7 +191,7 @@ def rank_bytes(
     fixed = fixed_bytes(config, shares, replicas)
     activations, messages = live_bytes(config, vocab_size, windows, replicas, stage)
     if _zero_stage(config, replicas) == 3:  # takes its room at the start
-        messages += FLOAT32_BYTES * BUCKET_ELEMENTS
+        messages += FLOAT32_BYTES * bucket_elements(sum(share.num_elements for share in shares))
     return RankBytes(*fixed, activations, messages, _update_bytes(config, shares, replicas))
 
 
@@ -228,6 +227,12 @@ def _zero_stage(config: Config, replicas: int) -> int:
     return 0 if config.parallel.is_local and replicas == 1 else config.parallel.zero_stage
 
 
+def bucket_elements(num_elements: int) -> int:
+    """How many elements of gradients DeepSpeed reduces at a time; it takes the room for all of them, 2 GB by
+    default, so a small model asks for less, and a large one for 256 MiB."""
+    return min(num_elements, 2**26)
+
+
 def _update_bytes(config: Config, shares: Sequence[Share], replicas: int) -> int:
     """What reducing and updating needs for a while: a flat copy or a bucket of gradients, this replica's part
     of them; and Muon's matrices of one shape, whole, with the products of an iteration."""
@@ -240,7 +245,7 @@ def _update_bytes(config: Config, shares: Sequence[Share], replicas: int) -> int
     if stage == 0:
         return FLOAT32_BYTES * max(whole if replicas > 1 else 0, muon)
     part = whole // replicas
-    return FLOAT32_BYTES * (part + max(BUCKET_ELEMENTS if stage < 3 else 0, muon))
+    return FLOAT32_BYTES * (part + max(bucket_elements(whole) if stage < 3 else 0, muon))
 
 
 def micro_batch_of(config: Config, rows: int) -> int:

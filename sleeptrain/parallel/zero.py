@@ -20,6 +20,7 @@ from sleeptrain.config import Config, OptimConfig
 from sleeptrain.model.sleep import SleepModel
 from sleeptrain.optim.optimizer import ADAMW_STATE, is_muon, takes_decay
 from sleeptrain.parallel.cpu_compat import prepare_deepspeed
+from sleeptrain.parallel.layout import bucket_elements
 from sleeptrain.parallel.stage import Held
 from sleeptrain.parallel.topology import Topology, all_reduce_flat
 
@@ -267,7 +268,12 @@ def _engine(model: nn.Module, optimizer: ElementwiseStep, config: Config, topolo
     import deepspeed
 
     deepspeed.utils.logger.setLevel(logging.ERROR)  # it warns of every optimizer that it does not know
-    zero: dict[str, Any] = {"stage": config.parallel.zero_stage, "overlap_comm": False}
+    num_elements = sum(p.numel() for p in model.parameters())
+    zero: dict[str, Any] = {
+        "stage": config.parallel.zero_stage,
+        "overlap_comm": False,
+        "reduce_bucket_size": bucket_elements(num_elements),
+    }
     if config.parallel.offload_optimizer:
         zero["offload_optimizer"] = {"device": "cpu", "pin_memory": topology.device.type == "cuda"}
     replicas = topology.data.size()
