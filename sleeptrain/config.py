@@ -354,6 +354,15 @@ class ParallelConfig:
                 f"parallel.zero_stage=3 does not go with parallel.pipeline_size={self.pipeline_size}: each "
                 "visit would gather the weights anew; use zero_stage=1 or 2, or pipeline_size=1"
             )
+        for name, asked in (
+            ("weights=bfloat16", self.weights == "bfloat16"),
+            ("offload_optimizer=true", self.offload_optimizer),
+        ):
+            if asked and self.zero_stage not in (1, 2):
+                raise ConfigError(
+                    f"parallel.{name} needs ZeRO stage 1 or 2, and parallel.zero_stage={self.zero_stage}; "
+                    "set it to 1 or 2"
+                )
 
 
 @dataclass(frozen=True)

@@ -250,7 +250,7 @@ class Walk:
         """What the first block of a visit reads."""
         visit, core_left = self.visits[index], self.carry.core_left
         if index == 0 or self.visits[index - 1].window != visit.window:
-            return self.model.embed(self.batch.ids[:, self.span])
+            return self.model.embed(self.batch.ids[:, self.span]).to(self.model.dtype)
         self.carry = self.carry._replace(core_left=arrived if visit.segment == "coda" else None)
         if visit.segment != "core" or visit.pass_number == 1:
             return arrived

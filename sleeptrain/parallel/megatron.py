@@ -21,7 +21,7 @@ from sleeptrain.parallel.check import micro_batch_of
 from sleeptrain.parallel.cpu_compat import cuda_means_cpu
 from sleeptrain.parallel.layout import is_on_both_ends
 from sleeptrain.parallel.pipeline import Pipeline
-from sleeptrain.parallel.stage import build_stage
+from sleeptrain.parallel.stage import build_stage, initial_values
 from sleeptrain.parallel.topology import Topology, all_reduce_flat
 from sleeptrain.parallel.update import ShardedUpdate
 from sleeptrain.parallel.zero import make_shards
@@ -36,6 +36,8 @@ class MegatronDeepspeedBackend:
         self.model, self.held = build_stage(config, vocab_size, topology)
         self.shards = make_shards(self.model, self.held, config, topology)
         self.update = ShardedUpdate(self.shards, self.held, config.optim, topology)
+        if config.parallel.weights == "bfloat16":
+            self._fill_masters()
         self.pipeline: Pipeline | None = None
         if topology.pipeline.size() > 1:
             self.pipeline = Pipeline(self.model, topology, config.parallel.sequence_parallel, self._autocast)
@@ -90,6 +92,13 @@ class MegatronDeepspeedBackend:
     def load(self, checkpoint: Checkpoint) -> None:
         """Takes over weights and optimizer state that any topology wrote, reading what it needs of them."""
         self.update.load(checkpoint)
+
+    @torch.no_grad()
+    def _fill_masters(self) -> None:
+        """With what was drawn, not with what bfloat16 left of it."""
+        for fragment in self.shards.fragments:
+            values = initial_values(fragment.held, self.config).reshape(-1)
+            fragment.weight.copy_(values[fragment.start : fragment.start + len(fragment.weight)])
 
     def _backward(
         self, parts: Sequence[Batch], num_passes: int, scale: float, trace: list[PassTrace] | None

@@ -92,7 +92,7 @@ class Pipeline:
             num_attention_heads=1,
             pipeline_model_parallel_size=self.topology.pipeline.size(),
             virtual_pipeline_model_parallel_size=num_visits if is_interleaved else None,
-            pipeline_dtype=next(self.model.parameters()).dtype,
+            pipeline_dtype=self.model.dtype,
             overlap_p2p_comm=is_interleaved,  # batched, both directions of two stages would mix
             batch_p2p_comm=not is_interleaved,
             batch_p2p_sync=torch.cuda.is_available(),
@@ -144,8 +144,9 @@ class _Trips:
         return message, _as_loss
 
     def _pad(self, h_BTD: Tensor) -> Tensor:
-        """Messages have one shape, that of the longest window."""
-        return nn.functional.pad(h_BTD, (0, 0, 0, self.message_tokens - h_BTD.shape[1]))
+        """Messages have one shape, that of the longest window, and are contiguous (sequence parallelism
+        transposes)."""
+        return nn.functional.pad(h_BTD, (0, 0, 0, self.message_tokens - h_BTD.shape[1])).contiguous()
 
     def _unpad(self, message: Tensor, window_tokens: int) -> Tensor:
         longest = max(w.stop - w.start for w in self.windows)

@@ -9,8 +9,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, Protocol
 
+import torch
+
 from sleeptrain.config import Config
-from sleeptrain.parallel.backend import Backend, LocalBackend, choose_device
+from sleeptrain.parallel.backend import Backend, LocalBackend, choose_device, compute_dtype
 from sleeptrain.schema import ConfigError
 
 
@@ -76,6 +78,10 @@ def open_place(config: Config, vocab_size: int, sequence_tokens: int) -> Iterato
     """Meets the other processes, if any. Raises ConfigError when the run cannot be spread as its settings
     ask."""
     device = choose_device(config.run.device)
+    if config.parallel.weights == "bfloat16" and compute_dtype(config, device) != torch.bfloat16:
+        raise ConfigError(
+            "parallel.weights=bfloat16 computes in bfloat16, and this run in float32; set run.precision=bfloat16"
+        )
     if is_alone(config):
         yield Alone()
         return

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from sleeptrain.config import Config
 from sleeptrain.model.init import draw
+from sleeptrain.model.layers import RMSNorm
 from sleeptrain.model.sleep import SleepModel
 from sleeptrain.parallel.layout import Box, Split, blocks_of_stage, box_of, is_on_both_ends, split_of
 from sleeptrain.parallel.tensor import split_model
@@ -37,20 +38,37 @@ def build_stage(config: Config, vocab_size: int, topology: Topology) -> tuple[Sl
         _keep_stage(model, topology)
         if topology.tensor.size() > 1:
             split_model(model, topology.tensor, config.parallel.sequence_parallel)
+        if config.parallel.weights == "bfloat16":
+            _store_in_bfloat16(model)
     model.to_empty(device=topology.device)
     if config.model.tie_embeddings and model.holds_embedding and model.holds_head:
         model.head.weight = model.embed.weight
     held = [_held(name, p, shapes, config, topology) for name, p in model.named_parameters()]
     with torch.no_grad():
         for h in held:
-            values = draw(h.name, h.shape, config.model, config.run.seed)
-            h.parameter.copy_(part_of(values, h.box))
+            h.parameter.copy_(initial_values(h, config))
+            if h.parameter.dtype == torch.bfloat16:
+                h.parameter.grad_dtype = torch.float32  # gradients add up in float32
     return model, held
+
+
+def initial_values(held: Held, config: Config) -> Tensor:
+    """Of this process's part of a weight, float32 on the CPU."""
+    return part_of(draw(held.name, held.shape, config.model, config.run.seed), held.box)
 
 
 def part_of(values: Tensor, box: Box) -> Tensor:
     """What lies inside the box."""
     return values[tuple(slice(start, stop) for start, stop in box)]
+
+
+def _store_in_bfloat16(model: SleepModel) -> None:
+    """All weights but norms, A_log, dt_bias and initial fast weights."""
+    for module in model.modules():
+        for name, parameter in list(module.named_parameters(recurse=False)):
+            exempt = isinstance(module, RMSNorm) or name in ("A_log", "dt_bias") or parameter.dim() == 3
+            if not exempt:
+                setattr(module, name, nn.Parameter(parameter.to(torch.bfloat16)))
 
 
 def _keep_stage(model: SleepModel, topology: Topology) -> None:

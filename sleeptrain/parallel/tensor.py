@@ -95,7 +95,17 @@ class _CopiedNorm(RMSNorm):
         return mcore.gather_from_sequence_parallel_region(_tokens_first(x), group=self.group).transpose(0, 1)
 
 
-class _Column(mcore.ColumnParallelLinear):
+class _Cast:
+    """Casts before megatron-core's own linear function, whose backward pass knows autocast on CUDA alone."""
+
+    def _forward_impl(self, input: Tensor, weight: Tensor, *rest: Any, **named: Any) -> Tensor:
+        if torch.is_autocast_enabled(input.device.type):
+            dtype = torch.get_autocast_dtype(input.device.type)
+            input, weight = input.to(dtype), weight.to(dtype)
+        return super()._forward_impl(input, weight, *rest, **named)  # type: ignore[misc]
+
+
+class _Column(_Cast, mcore.ColumnParallelLinear):
     """Some of the output channels; the copied norm before it sums the gradient of its input."""
 
     def __init__(self, linear: nn.Linear, group: Group) -> None:
@@ -115,7 +125,7 @@ class _Column(mcore.ColumnParallelLinear):
         return super().forward(x)[0]
 
 
-class _Row(mcore.RowParallelLinear):
+class _Row(_Cast, mcore.RowParallelLinear):
     """Some of the input channels; the outputs are summed over the ranks."""
 
     def __init__(self, linear: nn.Linear, config: ModelParallelConfig, group: Group) -> None:
@@ -155,7 +165,7 @@ class _Embedding(mcore.VocabParallelEmbedding):
         return h.transpose(0, 1) if self.reduce_scatter_embeddings else h
 
 
-class _Head(mcore.ColumnParallelLinear):
+class _Head(_Cast, mcore.ColumnParallelLinear):
     """The logits of some of the words."""
 
     def __init__(self, linear: nn.Linear, config: ModelParallelConfig, group: Group) -> None:
