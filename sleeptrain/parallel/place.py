@@ -80,7 +80,8 @@ def open_place(config: Config, vocab_size: int, sequence_tokens: int) -> Iterato
     device = choose_device(config.run.device)
     if config.parallel.weights == "bfloat16" and compute_dtype(config, device) != torch.bfloat16:
         raise ConfigError(
-            "parallel.weights=bfloat16 computes in bfloat16, and this run in float32; set run.precision=bfloat16"
+            "parallel.weights=bfloat16 computes in bfloat16, and this run in float32; set "
+            "run.precision=bfloat16"
         )
     if is_alone(config):
         yield Alone()
