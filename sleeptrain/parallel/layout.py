@@ -188,11 +188,14 @@ def rank_bytes(
 ) -> RankBytes:
     """What the fullest moment of a step needs on a rank of this stage, in the first replica."""
     shares = shares_of_stage(config, vocab_size, stage)
-    fixed = fixed_bytes(config, shares, replicas)
+    whole = sum(share.num_elements for share in shares)
+    weights, masters, gradients, moments = fixed_bytes(config, shares, replicas)
     activations, messages = live_bytes(config, vocab_size, windows, replicas, stage)
-    if _zero_stage(config, replicas) == 3:  # takes its room at the start
-        messages += FLOAT32_BYTES * bucket_elements(sum(share.num_elements for share in shares))
-    return RankBytes(*fixed, activations, messages, _update_bytes(config, shares, replicas))
+    if _zero_stage(config, replicas) == 3:  # its bucket has its room from the start
+        weights += FLOAT32_BYTES * min(whole, GATHERED_ELEMENTS)
+        messages += FLOAT32_BYTES * bucket_elements(whole)
+    update = _update_bytes(config, shares, replicas)
+    return RankBytes(weights, masters, gradients, moments, activations, messages, update)
 
 
 def fixed_bytes(config: Config, shares: Sequence[Share], replicas: int) -> tuple[int, int, int, int]:
@@ -208,7 +211,7 @@ def fixed_bytes(config: Config, shares: Sequence[Share], replicas: int) -> tuple
         return _float32(whole, 0, whole, 2 * whole - muon)
     if stage == 3:
         parts = {kind: sum(-(-n // replicas) for n in sizes) for kind, sizes in groups.items()}
-        weights = sum(parts.values()) + min(whole, GATHERED_ELEMENTS)
+        weights = sum(parts.values())
     else:
         parts = {kind: 2 * -(-sum(sizes) // (2 * replicas)) for kind, sizes in groups.items()}
         weights = replicas * sum(parts.values())
@@ -263,62 +266,56 @@ def live_bytes(
     """
     num_stages, rows = config.parallel.pipeline_size, config.data.batch_sequences // replicas
     micro = micro_batch_of(config, rows)
-    held, again = visit_bytes(config, vocab_size, windows, stage)
+    visits = visit_bytes(config, vocab_size, windows, stage)
+    num_micro = min(rows // micro, 3 * num_stages) if num_stages > 1 else 1  # more only repeat it
+    activations = most_alive(visits, num_micro, num_stages, stage)
     if num_stages == 1:
-        return micro * (sum(held) + again), 0
-    longest = max(window.stop - window.start for window in windows)
-    message = FLOAT32_BYTES * longest * config.model.d_model
-    num_micro = min(rows // micro, 3 * num_stages)  # then it repeats
-    activations = most_in_flight(held, num_micro, num_stages, stage)
-    messages = most_in_flight([message] * len(held), num_micro, num_stages, stage)
-    return micro * (activations + again), micro * (
-        messages + 4 * message
-    )  # 4: both directions, h and its gradient
+        return micro * activations, 0
+    message = FLOAT32_BYTES * max(w.stop - w.start for w in windows) * config.model.d_model
+    sent = most_alive([(message, 0)] * len(visits), num_micro, num_stages, stage)
+    return micro * activations, micro * (sent + 4 * message)  # 4 on the way: h and its gradient, in and out
 
 
-def most_in_flight(sizes: Sequence[int], num_micro: int, num_stages: int, stage: int) -> int:
-    """Largest sum of the sizes of visits that are between forward and backward pass, in the interleaved
-    schedule of megatron-core: about (V - 1) p + 2 (p - 1) visits on the first stage."""
+def most_alive(visits: Sequence[tuple[int, int]], num_micro: int, num_stages: int, stage: int) -> int:
+    """Most that is alive in megatron-core's interleaved schedule, each visit holding its first number from
+    its forward pass to the end of its backward pass, and its second beside during the latter. On the first
+    stage about (V - 1) p + 2 (p - 1) visits are in between."""
     groups = [range(i, min(i + num_stages, num_micro)) for i in range(0, num_micro, num_stages)]
-    forward = [size for group in groups for size in sizes for _ in group]
-    backward = [size for group in groups for size in reversed(sizes) for _ in group]
+    forward = [held for group in groups for held, _ in visits for _ in group]
+    backward = [visit for group in groups for visit in reversed(visits) for _ in group]
     behind = num_stages - stage - 1
-    warmup = behind if len(sizes) == 1 else 2 * behind + (len(sizes) - 1) * num_stages
+    warmup = behind if len(visits) == 1 else 2 * behind + (len(visits) - 1) * num_stages
     alive = most = sum(forward[:warmup])
-    for enters, leaves in zip(forward[warmup:], backward):
-        most = max(most, alive + enters)
-        alive += enters - leaves
+    for i, (held, again) in enumerate(backward):
+        alive += sum(forward[warmup + i : warmup + i + 1])
+        most = max(most, alive + again)
+        alive -= held
     return most
 
 
 def visit_bytes(
     config: Config, vocab_size: int, windows: Sequence[Window], stage: int
-) -> tuple[list[int], int]:
+) -> list[tuple[int, int]]:
     """Bytes of one sequence that each visit holds on a stage until its backward pass, as activation
-    checkpointing leaves them; and the most that one of them needs beside when it is computed again."""
-    sleep, mode = config.sleep, config.sleep.activation_checkpointing
-    part = model_of_rank(config, stage)
-    visits = plan(windows, sleep.num_passes, config.model, sleep)
-    vocab_part = vocab_size // config.parallel.tensor_size
-    bodies = _bodies(config, part, windows, visits, stage)
-    held, again = [], 0
-    for visit, body in zip(visits, bodies):
+    checkpointing leaves them, and those that it needs beside when it is computed again."""
+    mode, part = config.sleep.activation_checkpointing, model_of_rank(config, stage)
+    visits = plan(windows, config.sleep.num_passes, config.model, config.sleep)
+    memory = FLOAT32_BYTES * part.memory_heads * part.memory_key_dim * part.memory_value_dim
+    found = []
+    for visit, body in zip(visits, _bodies(config, part, windows, visits, stage)):
         tokens = windows[visit.window].stop - windows[visit.window].start
-        h = FLOAT32_BYTES * tokens * part.d_model
         here = [part.blocks[i] for i in segments_of(part).get(visit.segment, ())]
-        memory = FLOAT32_BYTES * part.memory_heads * part.memory_key_dim * part.memory_value_dim
-        states = memory * sum(spec.is_fast_weight for spec in here)
-        of_blocks = len(here) * h + states
-        largest = body // max(1, len(here))
+        h, states = FLOAT32_BYTES * tokens * part.d_model, memory * sum(spec.is_fast_weight for spec in here)
+        of_blocks, largest = len(here) * h + states, body // max(1, len(here))
+        held, again = body, 0
         if body and mode in ("pass", "both") and not visit.is_kept:
-            again = max(again, body if mode == "pass" else of_blocks + largest)
-            body = h + states
+            held, again = h + states, body if mode == "pass" else of_blocks + largest
         elif body and mode in ("block", "both"):
-            again, body = max(again, largest), of_blocks
-        head = 3 * h + FLOAT32_BYTES * tokens * vocab_part
-        speaks = visit.has_loss and stage == config.parallel.pipeline_size - 1
-        held.append(body + (head if speaks else 0))
-    return held, again
+            held, again = of_blocks, largest
+        if visit.has_loss and stage == config.parallel.pipeline_size - 1:
+            held += 3 * h + FLOAT32_BYTES * tokens * vocab_size // config.parallel.tensor_size
+        found.append((held, again))
+    return found
 
 
 def _bodies(
