@@ -25,6 +25,8 @@ from torch import Tensor, nn
 from sleeptrain.data.batch import Batch
 from sleeptrain.model.sleep import Carry, PassTrace, SleepModel, Walk
 from sleeptrain.model.state import map_tensors
+from sleeptrain.model.visits import plan
+from sleeptrain.model.window_state import Passes
 from sleeptrain.parallel.cpu_compat import cuda_means_cpu
 from sleeptrain.parallel.topology import Topology
 
@@ -114,11 +116,10 @@ class _Trips:
         trace: list[PassTrace] | None,
     ) -> None:
         self.model, self.loss_scale, self.autocast = model, loss_scale, autocast
-        self.begin: Callable[[int], Walk] = lambda m: Walk(model, microbatches[m], num_passes, trace=trace)
-        with torch.no_grad():
-            first = self.begin(0)
-        self.visits, self.windows = first.visits, first.windows
-        self.walks: list[Walk] = [first] * len(microbatches)
+        self.microbatches, self.num_passes, self.trace = microbatches, num_passes, trace
+        self.windows = model.windows(microbatches[0])
+        self.visits = plan(self.windows, num_passes, model.config, model.sleep)
+        self.walks: list[Walk] = []
         self.links: list[_Link] = [_Link()] * len(microbatches)
         self.message_tokens = 0
 
@@ -126,7 +127,7 @@ class _Trips:
         """One visit of the next microbatch on this stage, as megatron-core's ``forward_step_func``."""
         m, index, received = next(microbatches), chunk.index, chunk.received
         if index == 0:
-            self.walks[m] = self.begin(m)
+            self.walks.append(Walk(self.model, self.microbatches[m], self.num_passes, trace=self.trace))
         else:
             self.walks[m].carry = self.links[m].cut(self.walks[m].carry)
         walk, is_final = self.walks[m], index + 1 == len(self.visits)
@@ -136,7 +137,7 @@ class _Trips:
             left, loss = walk.visit(index, h)
         scaled = None if loss is None else loss * self.loss_scale
         if is_final:
-            walk.carry = Carry(walk.carry.passes.opening(()))  # nobody reads what it left
+            walk.carry = Carry(Passes.opening(()))  # nobody reads what it left
             if self.model.holds_head:
                 return (walk.nll.new_zeros(()) if scaled is None else scaled), _as_loss
         self.links[m] = _Link()
