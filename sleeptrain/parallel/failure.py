@@ -34,22 +34,23 @@ def failing_together(rank: int) -> Iterator[None]:
     except (KeyboardInterrupt, SystemExit):
         raise
     except BaseException as error:
-        _tell(store, rank, error)
+        text = _text_of(error)
+        with contextlib.suppress(Exception):  # the store may be gone with the process that held it
+            store.compare_set("told", "", f"{rank} {text}")
         done.set()
         first = _first(store)
-        if first is not None and first[0] != rank:  # this is a consequence, most likely of a lost connection
-            _say(*first)
+        if first is not None and first[0] != rank and first[1] != text:
+            _say(*first)  # ours is a consequence, most likely a lost connection
             raise RunError(f"rank {rank} ended because rank {first[0]} failed") from error
         raise
     finally:
         done.set()
 
 
-def _tell(store: dist.Store, rank: int, error: BaseException) -> None:
-    expected = isinstance(error, (ConfigError, RunError))
-    text = str(error) if expected else "".join(traceback.format_exception_only(error)).strip()
-    with contextlib.suppress(Exception):  # the store may be gone with the process that held it
-        store.compare_set("told", "", f"{rank} {text}")
+def _text_of(error: BaseException) -> str:
+    if isinstance(error, (ConfigError, RunError)):
+        return str(error)
+    return "".join(traceback.format_exception_only(error)).strip()
 
 
 def _first(store: dist.Store) -> tuple[int, str] | None:
