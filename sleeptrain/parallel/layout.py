@@ -297,7 +297,8 @@ def visit_bytes(
     config: Config, vocab_size: int, windows: Sequence[Window], stage: int
 ) -> list[tuple[int, int]]:
     """Bytes of one sequence that each visit holds on a stage until its backward pass, as activation
-    checkpointing leaves them, and those that it needs beside when it is computed again."""
+    checkpointing leaves them, and those that it needs beside in the latter: what is computed again, and the
+    gradients of an MLP at work."""
     mode, part = config.sleep.activation_checkpointing, model_of_rank(config, stage)
     visits = plan(windows, config.sleep.num_passes, config.model, config.sleep)
     memory = FLOAT32_BYTES * part.memory_heads * part.memory_key_dim * part.memory_value_dim
@@ -312,8 +313,10 @@ def visit_bytes(
             held, again = h + states, body if mode == "pass" else of_blocks + largest
         elif body and mode in ("block", "both"):
             held, again = of_blocks, largest
+        again += FLOAT32_BYTES * tokens * (6 * part.d_model + 4 * part.mlp_hidden) if body else 0
         if visit.has_loss and stage == config.parallel.pipeline_size - 1:
-            held += 3 * h + FLOAT32_BYTES * tokens * vocab_size // config.parallel.tensor_size
+            head = 3 * h + FLOAT32_BYTES * tokens * vocab_size // config.parallel.tensor_size
+            held, again = held + head, max(0, again - head)  # its own backward pass comes first
         found.append((held, again))
     return found
 
