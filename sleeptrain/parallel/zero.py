@@ -293,19 +293,21 @@ def _engine(model: nn.Module, optimizer: ElementwiseStep, config: Config, topolo
 
 
 class _Groups:
-    """The groups as DeepSpeed asks for them; model parallel means tensor x pipeline."""
+    """The groups as DeepSpeed asks for them. Of model parallelism it hears nothing: it would reduce a norm
+    per parameter group over it, of which pipeline stages have different ones, and wait for ever. Norm and
+    refusal are agreed on by all processes before its step."""
 
     def __init__(self, topology: Topology) -> None:
         self.topology = topology
 
-    def get_model_parallel_group(self) -> Any:
-        return self.topology.model
+    def get_model_parallel_group(self) -> None:
+        return None
 
     def get_model_parallel_rank(self) -> int:
-        return self.topology.model.rank()
+        return 0
 
     def get_model_parallel_world_size(self) -> int:
-        return self.topology.model.size()
+        return 1
 
     def get_tensor_model_parallel_group(self) -> Any:
         return self.topology.tensor
