@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 import torch
 
-from sleeptrain.config import Config, ModelConfig
+from sleeptrain.config import Config, DataConfig, ModelConfig, ParallelConfig, SleepConfig
 from sleeptrain.model.flops import FLOAT32_BYTES, activation_bytes
 from sleeptrain.model.sleep import SleepModel
 from sleeptrain.model.visits import Segment, Visit, Window, plan, segments_of
@@ -153,6 +153,19 @@ class RankBytes(NamedTuple):
 
 def shares_of_stage(config: Config, vocab_size: int, stage: int) -> list[Share]:
     """The weights of a stage; its tensor ranks all hold equally much."""
+    return _shares(_degrees_alone(config), vocab_size, stage)
+
+
+def _degrees_alone(config: Config) -> Config:
+    """Without what neither the shares nor the visits of a stage depend on: a search asks for them often."""
+    size, num_stages = config.parallel.tensor_size, config.parallel.pipeline_size
+    parallel = ParallelConfig(tensor_size=size, pipeline_size=num_stages)
+    sleep = replace(config.sleep, activation_checkpointing="none")
+    return replace(config, data=DataConfig(), parallel=parallel, sleep=sleep)
+
+
+@lru_cache(maxsize=1024)
+def _shares(config: Config, vocab_size: int, stage: int) -> list[Share]:
     size, num_stages = config.parallel.tensor_size, config.parallel.pipeline_size
     here = {i for blocks in blocks_of_stage(config.model, stage, num_stages).values() for i in blocks}
     on_last, on_first = stage == num_stages - 1, stage == 0
@@ -173,13 +186,14 @@ def shares_of_stage(config: Config, vocab_size: int, stage: int) -> list[Share]:
 
 def logical_shapes(config: Config, vocab_size: int) -> dict[str, torch.Size]:
     """Of every weight of the whole model."""
-    return _shapes(replace(config, parallel=type(config.parallel)()), vocab_size)
+    return _shapes(config.model, config.sleep.learned_initial_state, vocab_size)
 
 
 @lru_cache(maxsize=4)
-def _shapes(config: Config, vocab_size: int) -> dict[str, torch.Size]:
+def _shapes(config: ModelConfig, learned_initial_state: bool, vocab_size: int) -> dict[str, torch.Size]:
     with torch.device("meta"):
-        model = SleepModel(config.model, config.sleep, vocab_size)
+        sleep = SleepConfig(learned_initial_state=learned_initial_state)
+        model = SleepModel(config, sleep, vocab_size)
     return {name: parameter.shape for name, parameter in model.named_parameters()}
 
 
@@ -303,7 +317,7 @@ def visit_bytes(
     visits = plan(windows, config.sleep.num_passes, config.model, config.sleep)
     memory = FLOAT32_BYTES * part.memory_heads * part.memory_key_dim * part.memory_value_dim
     found = []
-    for visit, body in zip(visits, _bodies(config, part, windows, visits, stage)):
+    for visit, body in zip(visits, _bodies(_degrees_alone(config), tuple(windows), stage)):
         tokens = windows[visit.window].stop - windows[visit.window].start
         here = [part.blocks[i] for i in segments_of(part).get(visit.segment, ())]
         h, states = FLOAT32_BYTES * tokens * part.d_model, memory * sum(spec.is_fast_weight for spec in here)
@@ -321,28 +335,36 @@ def visit_bytes(
     return found
 
 
-def _bodies(
-    config: Config, part: ModelConfig, windows: Sequence[Window], visits: Sequence[Visit], stage: int
-) -> list[int]:
+@lru_cache(maxsize=1024)
+def _bodies(config: Config, windows: tuple[Window, ...], stage: int) -> list[int]:
     """Bytes of one sequence that the blocks of a stage save in each visit; 0 where no gradient comes by."""
+    part, sizes, after = model_of_rank(config, stage), [], 0
+    later: list[Visit] = []
+    for visit in reversed(visits_of_stage(config, windows, stage)):
+        later = later if visit is None else [visit._replace(has_loss=False), *later]
+        total = activation_bytes(part, config.sleep, windows, later, 1, per_pass=False)
+        sizes.append(total - after)
+        after = total
+    return sizes[::-1]
+
+
+def visits_of_stage(config: Config, windows: Sequence[Window], stage: int) -> list[Visit | None]:
+    """The planned visits as ``model_of_rank`` sees them; None where the stage has nothing to compute."""
     sleep, segments = config.sleep, segments_of(config.model)
     mine = blocks_of_stage(config.model, stage, config.parallel.pipeline_size)
+    is_last = stage == config.parallel.pipeline_size - 1
 
     def writes(blocks: range) -> bool:
         return any(config.model.blocks[i].is_fast_weight or sleep.eviction == "sliding" for i in blocks)
 
-    sizes: list[int] = []
-    later: list[Visit] = []
-    after = 0
-    for visit in reversed(visits):
-        here = mine.get(visit.segment, range(0))
-        is_read = visit.is_read or (bool(here) and writes(range(here.stop, segments[visit.segment].stop)))
-        if here and (is_read or writes(here)):
-            later = [visit._replace(is_read=is_read, has_loss=False), *later]
-        total = activation_bytes(part, sleep, windows, later, 1, per_pass=False)
-        sizes.append(total - after)
-        after = total
-    return sizes[::-1]
+    found: list[Visit | None] = []
+    for visit in plan(windows, sleep.num_passes, config.model, sleep):
+        here = mine[visit.segment]
+        is_read = visit.is_read or writes(range(here.stop, segments[visit.segment].stop))
+        has_work = bool(here) and (is_read or writes(here))
+        seen = visit._replace(is_read=is_read, has_loss=visit.has_loss and is_last)
+        found.append(seen if has_work else None)
+    return found
 
 
 def model_of_rank(config: Config, stage: int) -> ModelConfig:
