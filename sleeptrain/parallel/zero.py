@@ -182,9 +182,13 @@ class Zero:
         self.engine.step()
 
     def discard(self) -> None:
-        # The engine drops an update whose gradient is not finite, and knows best what to clean up then.
+        # The engine drops an update whose gradient is not finite, and knows best what to clean up then. Of
+        # gradients that went to the host it only looks at the norms that they arrived with.
         for gradient in self.gradients()[:1]:
             gradient.fill_(torch.nan)
+        if self.sharder.cpu_offload:
+            norms = self.sharder.norm_for_param_grads
+            norms |= {key: torch.full_like(norm, torch.nan) for key, norm in norms.items()}
         self.step(0.0)
 
     def moment(self, fragment: int, key: str) -> Tensor:
@@ -293,8 +297,8 @@ def _engine(model: nn.Module, optimizer: ElementwiseStep, config: Config, topolo
 
 
 class _Groups:
-    """The groups as DeepSpeed asks for them. Of model parallelism it hears nothing: it would reduce a norm
-    per parameter group over it, of which pipeline stages have different ones, and wait for ever. Norm and
+    """The groups as DeepSpeed asks for them. Of tensor and pipeline ranks it hears nothing: it would reduce a
+    norm per parameter group over them, of which stages have different ones, and wait for ever. Norm and
     refusal are agreed on by all processes before its step."""
 
     def __init__(self, topology: Topology) -> None:
@@ -308,24 +312,6 @@ class _Groups:
 
     def get_model_parallel_world_size(self) -> int:
         return 1
-
-    def get_tensor_model_parallel_group(self) -> Any:
-        return self.topology.tensor
-
-    def get_tensor_model_parallel_rank(self) -> int:
-        return self.topology.tensor.rank()
-
-    def get_tensor_model_parallel_world_size(self) -> int:
-        return self.topology.tensor.size()
-
-    def get_pipeline_model_parallel_group(self) -> Any:
-        return self.topology.pipeline
-
-    def get_pipeline_model_parallel_rank(self) -> int:
-        return self.topology.pipeline.rank()
-
-    def get_pipeline_model_parallel_world_size(self) -> int:
-        return self.topology.pipeline.size()
 
     def get_data_parallel_group(self) -> Any:
         return self.topology.data
