@@ -1,8 +1,11 @@
 """Real processes for the tests: import once, then fork ranks that meet through a file."""
 
 import os
+import signal
 import tempfile
+import time
 import traceback
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,29 +13,55 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from sleeptrain.parallel.cpu_compat import prepare_deepspeed
+
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore")  # of packages that the two can do without
+    prepare_deepspeed()
+    import deepspeed  # noqa: F401
+
+    import sleeptrain.parallel.megatron  # noqa: F401
+
 TIMEOUT_SECONDS = 120
+GRACE_SECONDS = 2  # what the others have, once one rank has failed
 
 
 def run_ranks(num_ranks: int, function: Callable[..., Any], *arguments: Any) -> list[Any]:
     """``function(*arguments)`` in each of ``num_ranks`` processes with a gloo group; their results by rank.
 
-    Raises AssertionError with the traceback of the first that failed.
+    Raises AssertionError with the traceback of the first that failed, or when they do not come back; no
+    process is left behind.
     """
     with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
-        children = []
+        folder, children = Path(name), {}
         for rank in range(num_ranks):
             child = os.fork()
             if child == 0:
                 _run(rank, num_ranks, folder, function, arguments)
-            children.append(child)
-        for child in children:
-            os.waitpid(child, 0)
+            children[child] = rank
+        missing = _wait(children, folder)
         errors = sorted(folder.glob("error_*"), key=lambda path: path.stat().st_mtime_ns)
         assert not errors, f"{errors[0].name}: {errors[0].read_text()}"
-        results = [folder / f"result_{rank}" for rank in range(num_ranks)]
-        assert all(path.exists() for path in results), "a rank died without a word"
-        return [torch.load(path, weights_only=False) for path in results]
+        assert not missing, f"ranks {missing} did not come back"
+        return [torch.load(folder / f"result_{rank}", weights_only=False) for rank in range(num_ranks)]
+
+
+def _wait(children: dict[int, int], folder: Path) -> list[int]:
+    """Waits for the processes and kills what hangs; the ranks that ended without a result."""
+    deadline = time.monotonic() + TIMEOUT_SECONDS
+    has_failed, running = False, dict(children)
+    while running:
+        for child in [child for child in running if os.waitpid(child, os.WNOHANG)[0]]:
+            del running[child]
+        if not has_failed and any(folder.glob("error_*")):
+            has_failed, deadline = True, min(deadline, time.monotonic() + GRACE_SECONDS)
+        if running and time.monotonic() > deadline:
+            for child in running:
+                os.kill(child, signal.SIGKILL)
+                os.waitpid(child, 0)
+            break
+        time.sleep(0.005)
+    return [rank for rank in children.values() if not (folder / f"result_{rank}").exists()]
 
 
 def _run(
@@ -43,9 +72,11 @@ def _run(
     try:
         torch.set_num_threads(1)
         os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(num_ranks), "LOCAL_RANK": str(rank)}
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
         dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=num_ranks)
         result = function(*arguments)
-        torch.save(result, folder / "result.tmp" if False else folder / f"result_{rank}")
+        torch.save(result, folder / f"result_{rank}.part")
+        (folder / f"result_{rank}.part").rename(folder / f"result_{rank}")
         code = 0
     except BaseException:
         (folder / f"error_{rank}").write_text(traceback.format_exc())

@@ -1,0 +1,193 @@
+"""A few steps of training, in one process or as one rank of many, and how far apart they end."""
+
+from dataclasses import replace
+from typing import NamedTuple
+
+import torch
+from ranks import run_ranks
+from small import VOCAB, disturbed, held_out, rows_of
+from torch import Tensor
+
+from sleeptrain.config import Config, ParallelConfig
+from sleeptrain.data.batch import Batch
+from sleeptrain.parallel.backend import LocalBackend
+from sleeptrain.parallel.layout import Box
+from sleeptrain.parallel.megatron import MegatronDeepspeedBackend
+from sleeptrain.parallel.stage import part_of
+from sleeptrain.parallel.topology import join
+
+
+class Piece(NamedTuple):
+    """The elements from ``start`` on, in row-major order, of what lies in a box of a logical tensor."""
+
+    name: str
+    shape: torch.Size
+    box: Box
+    start: int
+    values: Tensor
+
+
+class Run(NamedTuple):
+    """What training gave; ``gradients`` are those of the first step, ``weights`` those after the last."""
+
+    losses: list[float]
+    norms: list[float]
+    memory_norms: list[dict[int, tuple[float, float]]]
+    gradients: list[Piece]
+    weights: list[Piece]
+    nll: Tensor
+    predictions: Tensor
+
+
+def train(config: Config, num_passes: int, batches: list[Batch]) -> Run:
+    """A step on each batch, then an evaluation of some rows of the last: as a rank."""
+    backend = rank_backend(config)
+    topology, shards = backend.topology, backend.shards
+    result = Run([], [], [], [], [], torch.empty(0), torch.empty(0))
+    for batch in batches:
+        forward = backend.forward_backward(own_rows(backend, batch), num_passes, traced=True)
+        if batch is batches[0]:
+            result.gradients.extend(
+                Piece(f.held.name, f.held.shape, f.held.box, f.start, g.clone())
+                for f, g in zip(shards.fragments, shards.gradients())
+            )
+        update = backend.step(0.7, forward.loss)
+        assert update.applied
+        result.losses.append(update.loss)
+        result.norms.append(update.grad_norm)
+        result.memory_norms.append(forward.memory_norms)
+    output = backend.evaluate(held_out(batches[-1]), num_passes)
+    assert output.nll.shape == output.predictions.shape
+    topology.barrier()
+    return result._replace(weights=weights_of(backend), nll=output.nll, predictions=output.predictions)
+
+
+def rank_backend(config: Config) -> MegatronDeepspeedBackend:
+    """This rank's backend, with weights that are ``disturbed``."""
+    backend = MegatronDeepspeedBackend(config, VOCAB, join(config.parallel, torch.device("cpu")))
+    with torch.no_grad():
+        for held, start, weight in backend.shards.fragments:
+            values = part_of(disturbed(held.name, held.shape), held.box).reshape(-1)
+            weight.add_(values[start : start + len(weight)])
+        backend.shards.refresh(0)
+    return backend
+
+
+def own_rows(backend: MegatronDeepspeedBackend, batch: Batch) -> Batch:
+    data = backend.topology.data
+    size = len(batch.ids) // data.size()
+    return rows_of(batch, slice(data.rank() * size, (data.rank() + 1) * size))
+
+
+def weights_of(backend: MegatronDeepspeedBackend) -> list[Piece]:
+    """What this rank computes with, or owns where it has no more than that."""
+    if hasattr(backend.held[0].parameter, "ds_id"):  # ZeRO-3
+        return [
+            Piece(f.held.name, f.held.shape, f.held.box, f.start, f.weight.clone())
+            for f in backend.shards.fragments
+        ]
+    return [Piece(h.name, h.shape, h.box, 0, h.parameter.detach().flatten().clone()) for h in backend.held]
+
+
+def train_alone(config: Config, num_passes: int, batches: list[Batch]) -> Run:
+    """The same in one process of plain torch."""
+    backend = local_backend(config)
+    result = Run([], [], [], [], [], torch.empty(0), torch.empty(0))
+    for batch in batches:
+        forward = backend.forward_backward(batch, num_passes, traced=True)
+        if batch is batches[0]:
+            result.gradients.extend(whole(n, p.grad) for n, p in backend.model.named_parameters())
+        update = backend.step(0.7, forward.loss)
+        assert update.applied
+        result.losses.append(update.loss)
+        result.norms.append(update.grad_norm)
+        result.memory_norms.append(forward.memory_norms)
+    output = backend.evaluate(held_out(batches[-1]), num_passes)
+    weights = [whole(n, p) for n, p in backend.model.named_parameters()]
+    return result._replace(weights=weights, nll=output.nll, predictions=output.predictions)
+
+
+def local_backend(config: Config) -> LocalBackend:
+    backend = LocalBackend(replace(config, parallel=ParallelConfig()), VOCAB)
+    with torch.no_grad():
+        for name, parameter in backend.model.named_parameters():
+            parameter += disturbed(name, parameter.shape)
+    return backend
+
+
+def whole(name: str, values: Tensor | None) -> Piece:
+    assert values is not None, f"the model does not use {name}"
+    box = tuple((0, n) for n in values.shape)
+    return Piece(name, values.shape, box, 0, values.detach().flatten().clone())
+
+
+def assembled(pieces: list[Piece]) -> dict[str, Tensor]:
+    """The logical tensors; raises AssertionError where an element is missing, or two ranks differ in it."""
+    found: dict[str, Tensor] = {}
+    for name, shape, box, start, values in pieces:
+        tensor = found.setdefault(name, torch.full(shape, torch.nan, dtype=values.dtype))
+        part = part_of(tensor, box)
+        flat = part.flatten()
+        known = flat[start : start + len(values)]
+        is_new = known.isnan()
+        assert torch.equal(known[~is_new], values[~is_new]), f"ranks differ in {name}"
+        flat[start : start + len(values)] = values
+        part.copy_(flat.view_as(part))
+    missing = [name for name, tensor in found.items() if tensor.isnan().any()]
+    assert not missing, f"no rank has all of {missing}"
+    return found
+
+
+class Distance(NamedTuple):
+    """Between ranks and the single process: ``losses``, ``nll`` absolute, all else relative; gradients over
+    all parameters and of the worst one, in Frobenius norm."""
+
+    losses: float
+    nll: float
+    norms: float
+    memory_norms: float
+    gradients: float
+    worst_gradient: tuple[float, str]
+    worst_weight: tuple[float, str]
+
+
+def distance(ranks: list[Run], alone: Run) -> Distance:
+    """The largest over all ranks."""
+
+    def worst(which: str) -> tuple[float, float, str]:
+        ours = assembled([piece for run in ranks for piece in getattr(run, which)])
+        truth = assembled(getattr(alone, which))
+        assert ours.keys() == truth.keys()
+        apart = {name: float((ours[name] - truth[name]).norm()) for name in truth}
+        sizes = {name: float(truth[name].norm()) for name in truth}
+        total = sum(x**2 for x in apart.values()) ** 0.5 / sum(x**2 for x in sizes.values()) ** 0.5
+        return total, *max((apart[name] / sizes[name], name) for name in truth)
+
+    gradients, *worst_gradient = worst("gradients")
+    _, *worst_weight = worst("weights")
+    return Distance(
+        max(abs(a - b) for run in ranks for a, b in zip(run.losses, alone.losses, strict=True)),
+        max(float((run.nll - alone.nll).abs().max()) for run in ranks),
+        max(abs(a / b - 1) for run in ranks for a, b in zip(run.norms, alone.norms, strict=True)),
+        max(
+            abs(x / y - 1)
+            for run in ranks
+            for ours, truth in zip(run.memory_norms, alone.memory_norms, strict=True)
+            for n in ours.keys() | truth.keys()
+            for x, y in zip(ours[n], truth[n])
+        ),
+        gradients,
+        tuple(worst_gradient),
+        tuple(worst_weight),
+    )
+
+
+def num_ranks(config: Config) -> int:
+    parallel = config.parallel
+    return parallel.tensor_size * parallel.pipeline_size * (parallel.data_size or 1)
+
+
+def compared(config: Config, num_passes: int, batches: list[Batch]) -> Distance:
+    """Between all ranks' runs and that of the single process."""
+    ranks = run_ranks(num_ranks(config), train, config, num_passes, batches)
+    return distance(ranks, train_alone(config, num_passes, batches))

@@ -1,0 +1,226 @@
+"""Losses and gradients of one step, in float64: ranks give those of the single process to the last digits,
+whatever the model, the batch and the sleep."""
+
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+import torch.distributed as dist
+from ranks import run_ranks
+from runs import Piece, assembled, num_ranks, own_rows, whole
+from small import VOCAB, batch_of, config_of, disturbed, held_out
+from torch import Tensor
+
+from sleeptrain.config import Config
+from sleeptrain.data.batch import Batch
+from sleeptrain.model.sleep import CrossEntropy, PassTrace, SleepModel
+from sleeptrain.parallel.megatron import MegatronDeepspeedBackend
+from sleeptrain.parallel.stage import part_of
+from sleeptrain.parallel.topology import Group, join
+
+pytestmark = pytest.mark.more
+EXACT = 1e-12
+IN_FLOAT32 = 1e-6  # sums for the log, which are float32 whatever the model
+TEXT = {"schedule": "predict_then_consolidate", "eviction": "sliding"}
+
+
+class _Gather(torch.autograd.Function):
+    """The logits of all words on every rank."""
+
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor, group: Group) -> Tensor:
+        ctx.of_rank = slice(group.rank() * logits.shape[-1], (group.rank() + 1) * logits.shape[-1])
+        parts = [torch.empty_like(logits) for _ in range(group.size())]
+        dist.all_gather(parts, logits.contiguous(), group=group)
+        return torch.cat(parts, dim=-1)
+
+    @staticmethod
+    def backward(ctx: Any, d_logits: Tensor) -> tuple[Tensor, None]:
+        return d_logits[..., ctx.of_rank], None
+
+
+class Float64CrossEntropy(CrossEntropy):
+    """megatron-core's computes in float32, which would hide everything below 1e-7."""
+
+    def __init__(self, group: Group) -> None:
+        super().__init__()
+        self.group = group
+
+    def forward(self, logits: Tensor, targets: Tensor) -> Tensor:
+        return super().forward(_Gather.apply(logits, self.group), targets)
+
+    def predict(self, logits: Tensor) -> Tensor:
+        return super().predict(_Gather.apply(logits, self.group))
+
+
+class Step(NamedTuple):
+    """``loss`` is this rank's part of it."""
+
+    loss: Tensor
+    memory_norms: dict[int, tuple[float, float]]
+    gradients: list[Piece]
+    nll: Tensor
+    predictions: Tensor
+
+
+def step_of_rank(config: Config, num_passes: int, batch: Batch) -> Step:
+    backend = MegatronDeepspeedBackend(config, vocab(config), join(config.parallel, torch.device("cpu")))
+    backend.model.double()
+    if config.parallel.tensor_size > 1:
+        backend.model.cross_entropy = Float64CrossEntropy(backend.topology.tensor)
+    with torch.no_grad():
+        for h in backend.held:
+            h.parameter.add_(part_of(disturbed(h.name, h.shape), h.box))
+    loss, norms = backend.forward_backward(own_rows(backend, batch), num_passes, traced=True)
+    gradients = [
+        Piece(h.name, h.shape, h.box, 0, g) for h, g in zip(backend.held, backend.shards.gradients())
+    ]
+    output = backend.evaluate(held_out(batch), num_passes)
+    return Step(loss, norms, gradients, output.nll, output.predictions)
+
+
+def step_alone(config: Config, num_passes: int, batch: Batch) -> Step:
+    model = SleepModel(config.model, config.sleep, vocab(config)).double()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            parameter.add_(disturbed(name, parameter.shape))
+    trace: list[PassTrace] = []
+    loss = model(batch, num_passes, trace=trace).loss_sum / batch.num_targets
+    loss.backward()
+    gradients = [whole(name, p.grad) for name, p in model.named_parameters()]
+    with torch.no_grad():
+        output = model(held_out(batch), num_passes)
+    return Step(loss.detach(), norms_of(trace), gradients, output.nll, output.predictions)
+
+
+def norms_of(trace: list[PassTrace]) -> dict[int, tuple[float, float]]:
+    """By pass, means over sequences and blocks."""
+    found = {}
+    for n in sorted({t.pass_number for t in trace}):
+        of_pass = [torch.stack([t.norm, t.update]).sqrt().flatten(1) for t in trace if t.pass_number == n]
+        found[n] = tuple(torch.cat(of_pass, dim=1).mean(1).tolist())
+    return found
+
+
+def vocab(config: Config) -> int:
+    return config.model.rounded_vocab(VOCAB)
+
+
+def wrong(config: Config, num_passes: int, batch: Batch) -> dict[str, float]:
+    """The relative error of the gradient of each parameter, of losses and norms, where there is one."""
+    ranks = run_ranks(num_ranks(config), step_of_rank, config, num_passes, batch)
+    alone = step_alone(config, num_passes, batch)
+    truth = assembled(alone.gradients)
+    ours = assembled([piece for rank in ranks for piece in rank.gradients])
+    assert ours.keys() == truth.keys()
+    for rank in ranks:
+        assert torch.equal(rank.predictions, alone.predictions)
+        assert rank.memory_norms.keys() == alone.memory_norms.keys()
+    norms = [torch.tensor(list(step.memory_norms.values())) for step in (*ranks, alone)]
+    pairs = {
+        **{name: (ours[name], truth[name], EXACT) for name in truth},
+        **{f"nll of rank {i}": (rank.nll, alone.nll, EXACT) for i, rank in enumerate(ranks)},
+        **{f"memory norms of rank {i}": (norms[i], norms[-1], IN_FLOAT32) for i in range(len(ranks))},
+        "loss": (torch.stack([rank.loss for rank in ranks]).sum(), alone.loss, IN_FLOAT32),
+    }
+    apart = {name: (float((a - b).norm()), float(b.norm())) for name, (a, b, _) in pairs.items()}
+    return {name: d / size for name, (d, size) in apart.items() if not d <= pairs[name][2] * size}
+
+
+def build(degrees: tuple[int, int, int], **settings: Any) -> Config:
+    return config_of(*degrees, zero_stage=0, init_std=0.2, **settings)
+
+
+CASES: dict[str, tuple[tuple[int, int, int], int, dict[str, Any], dict[str, Any]]] = {
+    "tp2": ((2, 1, 1), 1, {}, {}),
+    "tp2 with jet blocks": (
+        (2, 1, 1),
+        3,
+        {
+            "pattern": "attn jet swa:4 gdn",
+            "tie_embeddings": True,
+            "rule": "delta",
+            "micro_batch_sequences": 4,
+        },
+        {"padded": True},
+    ),
+    "tp2 with sequence parallelism": (
+        (2, 1, 1),
+        3,
+        {
+            "pattern": "jet attn gdn",
+            "sequence_parallel": True,
+            "learned_initial_state": True,
+            "norm_between_passes": True,
+            "dropout": 0.3,
+            "activation_checkpointing": "both",
+            **TEXT,
+        },
+        {"loss_windows": (0, 2, 3), "padded": True, "resets": True},
+    ),
+    "tp4 on a rounded vocabulary": (
+        (4, 1, 1),
+        3,
+        {"num_kv_heads": 4, "memory_qk_heads": 4, "vocab_multiple": 4, "activation_checkpointing": "pass"},
+        {"loss_windows": (1, 3)},
+    ),
+    "pp2, one visit": ((1, 2, 1), 1, {"window_tokens": 0}, {"loss_windows": (0, 1)}),
+    "pp2": ((1, 2, 1), 1, {"micro_batch_sequences": 1}, {"padded": True}),
+    "pp2 with a segment that loops": (
+        (1, 2, 1),
+        3,
+        {
+            "pattern": "swa:3 gdn attn gdn jet gdn attn",
+            "prelude_blocks": 1,
+            "coda_blocks": 2,
+            "sliding_kv": "per_pass",
+            "tie_embeddings": True,
+            "norm_between_passes": True,
+            "learned_initial_state": True,
+            **TEXT,
+        },
+        {"loss_windows": (0, 1, 3), "padded": True, "resets": True},
+    ),
+    "pp2 with truncated backpropagation": (
+        (1, 2, 1),
+        4,
+        {
+            "pattern": "attn gdn",
+            "backprop_passes": 2,
+            "convolution": "carried",
+            "activation_checkpointing": "block",
+            "dropout": 0.3,
+        },
+        {"loss_windows": (1, 3)},
+    ),
+    "pp4": (
+        (1, 4, 1),
+        3,
+        {
+            "tie_embeddings": True,
+            "activation_checkpointing": "pass",
+            "micro_batch_sequences": 1,
+            "eviction": "sliding",
+        },
+        {"loss_windows": (0, 2)},
+    ),
+    "dp2": ((1, 1, 2), 3, {"micro_batch_sequences": 2}, {"loss_windows": (0, 3), "padded": True}),
+    "tp2 pp2": (
+        (2, 2, 1),
+        3,
+        {"pattern": "jet attn gdn swa:4", "sequence_parallel": True, "tie_embeddings": True, **TEXT},
+        {"loss_windows": (0, 1, 3), "padded": True},
+    ),
+    "tp2 pp2 dp2": (
+        (2, 2, 2),
+        3,
+        {"norm_between_passes": True, "negative_eigenvalues": True, "rule": "gated_hebbian"},
+        {"loss_windows": (1, 3), "resets": True},
+    ),
+}
+
+
+@pytest.mark.parametrize("case", CASES.values(), ids=CASES)
+def test_ranks_give_losses_and_gradients_of_one_process(case: tuple) -> None:
+    degrees, num_passes, settings, batch = case
+    assert wrong(build(degrees, **settings), num_passes, batch_of(**batch)) == {}
