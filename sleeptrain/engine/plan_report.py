@@ -2,6 +2,7 @@
 
 import textwrap
 from collections import Counter
+from collections.abc import Sequence
 from itertools import groupby
 
 from sleeptrain.config import Config
@@ -9,6 +10,8 @@ from sleeptrain.data.stream import TrainStream
 from sleeptrain.model import flops
 from sleeptrain.model.visits import Visit, Window, cut, plan, segments_of
 from sleeptrain.optim.schedule import num_passes_at
+from sleeptrain.parallel.check import check_degrees
+from sleeptrain.parallel.layout import Share, blocks_of_stage, model_of_rank, rank_bytes, shares_of_stage
 from sleeptrain.tasks import Task
 
 
@@ -23,14 +26,57 @@ def plan_report(config: Config, task: Task) -> str:
         .windows_with_loss
     )
     windows = cut(task.sequence_tokens, config.sleep.window_tokens, has_loss)
+    vocab_size, parallel = config.model.rounded_vocab(task.vocab_size), config.parallel
     sections = [
-        _parameters(config, task.vocab_size),
+        _parameters(config, vocab_size),
         _windows(config, windows),
-        _costs(config, windows, task.vocab_size),
-        _memory(config, task.vocab_size),
-        _schedules(config, windows, task.vocab_size),
+        _costs(config, windows, vocab_size),
+        _memory(config, vocab_size),
     ]
+    if not parallel.is_local:
+        world_size = parallel.tensor_size * parallel.pipeline_size * (parallel.data_size or 1)
+        replicas = check_degrees(config, vocab_size, task.sequence_tokens, world_size)
+        sections.append(rank_table(config, vocab_size, windows, replicas))
+    sections.append(_schedules(config, windows, vocab_size))
     return "\n\n".join("\n".join(lines) for lines in sections)
+
+
+def rank_table(config: Config, vocab_size: int, windows: Sequence[Window], replicas: int) -> list[str]:
+    """What each rank holds and needs: a line per pipeline stage, whose ranks are all alike."""
+    parallel = config.parallel
+    rows = [
+        ["stage", "blocks", "beside", "parameters", "S", "weights", "gradients", "optimizer"],
+        ["", "", "", "", "B/seq.", "B", "B", "B"],
+    ]
+    needs = [["stage", "activations", "messages", "update", "fullest moment"], ["", "B", "B", "B", "B"]]
+    for stage in range(parallel.pipeline_size):
+        shares = shares_of_stage(config, vocab_size, stage)
+        memory = rank_bytes(config, vocab_size, windows, replicas, stage)
+        state = flops.state_bytes(model_of_rank(config, stage))
+        rows.append([f"{stage}", _blocks(config, stage), ", ".join(_ends(shares)) or "-"])
+        sizes = (sum(share.num_elements for share in shares), state, memory.weights, memory.gradients)
+        rows[-1] += [human(size) for size in (*sizes, memory.masters + memory.optimizer)]
+        last = (memory.activations, memory.messages, memory.update, memory.total)
+        needs.append([f"{stage}", *(human(size) for size in last)])
+    degrees = f"tensor {parallel.tensor_size} x pipeline {parallel.pipeline_size} x data {replicas}"
+    return [
+        f"ranks: {degrees}, ZeRO {parallel.zero_stage}; those of a stage are alike",
+        *_table(rows, num_left=3),
+        *_table(needs),
+        "  optimizer: moments and DeepSpeed's copy of the weights; fullest moment: all that lasts, messages,",
+        "  and activations or update, whichever is more",
+    ]
+
+
+def _blocks(config: Config, stage: int) -> str:
+    """``prelude 0, core 1-2``, of the blocks that any segment has here."""
+    here = blocks_of_stage(config.model, stage, config.parallel.pipeline_size)
+    return ", ".join(f"{name} {_span(b.start, b.stop - 1)}" for name, b in here.items() if b)
+
+
+def _ends(shares: Sequence[Share]) -> list[str]:
+    names = {share.name.split(".")[0] for share in shares}
+    return [part for part in ("embed", "final_norm", "head") if part in names]
 
 
 def window_notation(windows: list[Window]) -> str:

@@ -11,12 +11,15 @@ from sleeptrain.config import (
     EvalConfig,
     ModelConfig,
     OptimConfig,
+    ParallelConfig,
     Rule110Config,
     SleepConfig,
 )
 from sleeptrain.engine.plan_report import human, plan_report, window_notation
 from sleeptrain.model import flops
 from sleeptrain.model.visits import cut, plan
+from sleeptrain.parallel.layout import rank_bytes, shares_of_stage
+from sleeptrain.schema import ConfigError
 from sleeptrain.tasks import make_task
 
 SLEEP = SleepConfig(window_tokens=24, num_passes=3)
@@ -112,6 +115,28 @@ def test_a_model_without_fast_weights_is_shown_at_one_pass() -> None:
     assert text.count("not run") + text.count("all\n") > 0
     assert "R(N)" in text
     assert "\n  2 " not in text.split("R(N)")[1]
+
+
+def test_every_stage_of_a_pipeline_has_its_lines() -> None:
+    parallel = ParallelConfig(tensor_size=2, pipeline_size=2, data_size=2)
+    config = replace(RULE110, parallel=parallel, sleep=replace(SLEEP, norm_between_passes=True))
+    text = report(config)
+    assert "ranks: tensor 2 x pipeline 2 x data 2, ZeRO 1" in text
+    windows = cut(100, 24, (False,) * 4 + (True,))
+    for stage, held in ((0, "core 0-1  embed, final_norm"), (1, "core 2-3  final_norm, head")):
+        first, second = [line for line in text.splitlines() if line.startswith(f"  {stage}  ")][-2:]
+        needed = rank_bytes(config, 6, windows, 2, stage)
+        parameters = human(sum(share.num_elements for share in shares_of_stage(config, 6, stage)))
+        assert held in first
+        assert parameters in first
+        assert second.endswith(human(needed.total))
+    assert max(map(len, text.splitlines())) < 100
+    assert "ranks:" not in report(RULE110)
+
+
+def test_degrees_that_do_not_divide_are_refused_before_anything_is_shown() -> None:
+    with pytest.raises(ConfigError, match=r"parallel\.pipeline_size=3 does not divide"):
+        report(replace(RULE110, parallel=ParallelConfig(pipeline_size=3)))
 
 
 @pytest.mark.parametrize(

@@ -77,7 +77,25 @@ def test_tasks_compares_every_task_with_its_model():
     assert rows == ["rule110", "rule110", "depo", "text"]
 
 
-@pytest.mark.parametrize("name", ["gdn_cpu", "step_overhead", "passes", "tasks"])
+def test_pipeline_bubble_measures_every_stage_count_and_draws_nothing():
+    output = quick("pipeline_bubble")
+    assert "timed sleep, 20 ms forward, 40 ms backward (shared cores)" in output
+    rows = re.findall(r"^2 +([12]) +([23]) +2 +(\d+\.\d+)", output, re.MULTILINE)
+    assert rows == [("1", "2", "20.00"), ("2", "3", "14.29")]
+    assert "figure" not in output
+
+
+def test_parallel_overhead_compares_equal_gradients():
+    output = quick("parallel_overhead")
+    assert output.count("gradients equal") == 3  # ZeRO 0 and 1 in one process, two replicas beside DDP
+    for name in ("parallel, ZeRO 0 / local", "parallel, ZeRO 1 / local", "parallel, ZeRO 1 / DDP"):
+        [ratio] = numbers_after(f"ratio {name}", output)
+        assert ratio > 0
+
+
+@pytest.mark.parametrize(
+    "name", ["gdn_cpu", "step_overhead", "passes", "tasks", "pipeline_bubble", "parallel_overhead"]
+)
 def test_help_explains_the_figure(name):
     done = run(name, "--help")
     assert done.returncode == 0, done.stderr
