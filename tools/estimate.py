@@ -30,7 +30,7 @@ from dataclasses import replace
 from functools import lru_cache
 from typing import Literal, NamedTuple
 
-from sleeptrain.config import Config, DataConfig
+from sleeptrain.config import Config, DataConfig, ParallelConfig
 from sleeptrain.data.stream import TrainStream
 from sleeptrain.engine.plan_report import human, rank_table
 from sleeptrain.model.flops import FLOAT32_BYTES, training_flops
@@ -182,6 +182,8 @@ def of_degrees(config: Config, run: Run, tensor: int, pipeline: int, replicas: i
     """All ZeRO stages, microbatches and policies of given degrees."""
     rows = config.data.batch_sequences // replicas
     stages = [1] if replicas == 1 else [0, 1, 2] if pipeline > 1 else [0, 1, 2, 3]
+    if config.parallel.offload_optimizer or config.parallel.weights == "bfloat16":
+        stages = [stage for stage in stages if stage in (1, 2)]
     for micro in divisors(rows):
         if (rows // micro) % pipeline:
             continue
@@ -226,7 +228,8 @@ def judge(config: Config, run: Run, replicas: int) -> Candidate:
     num_micro = rows // micro_batch_of(config, rows)
     num_visits = len(plan(run.windows, config.sleep.num_passes, config.model, config.sleep))
     bubble = (num_stages - 1) / (num_micro * num_visits + num_stages - 1)
-    key = replace(config, data=DataConfig(), parallel=replace(config.parallel, zero_stage=0, data_size=None))
+    degrees = ParallelConfig(tensor_size=config.parallel.tensor_size, pipeline_size=num_stages)
+    key = replace(config, data=DataConfig(), parallel=degrees)
     flops = max(stage_flops(key, run.vocab_size, tuple(run.windows), stage) for stage in range(num_stages))
     launching = BLOCK_SECONDS * num_visits * len(config.model.blocks) / num_stages
     compute = num_micro * max(rows / num_micro * flops / FLOPS_PER_SECOND, launching)

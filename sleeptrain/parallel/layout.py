@@ -222,21 +222,24 @@ def fixed_bytes(config: Config, shares: Sequence[Share], replicas: int) -> tuple
         groups.setdefault(kind, []).append(share.num_elements)
     muon = sum(sum(sizes) for (by_muon, _), sizes in groups.items() if by_muon)
     if stage == 0:
-        return _float32(whole, 0, whole, 2 * whole - muon)
-    if stage == 3:
-        parts = {kind: sum(-(-n // replicas) for n in sizes) for kind, sizes in groups.items()}
-        weights = sum(parts.values())
+        masters, weights, moments = 0, FLOAT32_BYTES * whole, 2 * whole - muon
     else:
-        parts = {kind: 2 * -(-sum(sizes) // (2 * replicas)) for kind, sizes in groups.items()}
-        weights = replicas * sum(parts.values())
-    moments = sum(min(muon, part) if by_muon else 2 * part for (by_muon, _), part in parts.items())
-    on_device = 0 if config.parallel.offload_optimizer else 1
-    return _float32(weights, on_device * sum(parts.values()), whole, on_device * moments)
+        if stage == 3:
+            parts = {kind: sum(-(-n // replicas) for n in sizes) for kind, sizes in groups.items()}
+        else:
+            parts = {kind: 2 * -(-sum(sizes) // (2 * replicas)) for kind, sizes in groups.items()}
+        copies = 1 if stage == 3 else replicas
+        weights = sum(copies * part * _weight_bytes(config, decays) for (_, decays), part in parts.items())
+        moments = sum(min(muon, part) if by_muon else 2 * part for (by_muon, _), part in parts.items())
+        masters = sum(parts.values())
+    if config.parallel.offload_optimizer:
+        masters = moments = 0
+    return weights, FLOAT32_BYTES * masters, FLOAT32_BYTES * whole, FLOAT32_BYTES * moments
 
 
-def _float32(*numbers: int) -> tuple[int, int, int, int]:
-    weights, masters, gradients, moments = (FLOAT32_BYTES * number for number in numbers)
-    return weights, masters, gradients, moments
+def _weight_bytes(config: Config, takes_decay: bool) -> int:
+    """What takes no weight decay (norms, A_log, dt_bias, initial fast weights) stays in float32."""
+    return 2 if takes_decay and config.parallel.weights == "bfloat16" else FLOAT32_BYTES
 
 
 def _zero_stage(config: Config, replicas: int) -> int:

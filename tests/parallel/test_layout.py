@@ -13,7 +13,15 @@ from torch.profiler import ProfilerActivity, profile
 sys.path.append(str(Path(__file__).parents[1] / "distributed"))
 from ranks import run_ranks
 
-from sleeptrain.config import Config, DataConfig, ModelConfig, ParallelConfig, SleepConfig, TextConfig
+from sleeptrain.config import (
+    Config,
+    DataConfig,
+    ModelConfig,
+    ParallelConfig,
+    RunConfig,
+    SleepConfig,
+    TextConfig,
+)
 from sleeptrain.data.batch import Batch
 from sleeptrain.model.flops import activation_bytes
 from sleeptrain.model.visits import cut, plan
@@ -58,6 +66,11 @@ def spread(tensor: int = 1, pipeline: int = 1, data: int = 1, zero: int = 1, **m
         data=DataConfig(batch_sequences=8),
         parallel=ParallelConfig("megatron_deepspeed", tensor, pipeline, data, zero_stage=zero),  # type: ignore[arg-type]
     )
+
+
+def in_bfloat16(config: Config) -> Config:
+    parallel = replace(config.parallel, weights="bfloat16")
+    return replace(config, run=RunConfig(precision="bfloat16"), parallel=parallel)
 
 
 def batch_of(config: Config, num_sequences: int) -> Batch:
@@ -105,6 +118,7 @@ def measured_fixed_bytes(config: Config) -> tuple[int, int, tuple[int, int, int,
         pytest.param(spread(data=2, zero=0), id="dp2 zero0"),
         pytest.param(spread(data=2, zero=2), id="dp2 zero2"),
         pytest.param(spread(data=2, zero=3), id="dp2 zero3"),
+        pytest.param(in_bfloat16(spread(data=2)), id="dp2 zero1 bfloat16"),
         pytest.param(spread(tensor=2, pipeline=2), id="tp2 pp2"),
         pytest.param(spread(pipeline=2, data=2, tie_embeddings=True), id="pp2 dp2 tied"),
     ],

@@ -80,6 +80,17 @@ def test_more_passes_need_more_memory_unless_checkpointed() -> None:
     assert 0 < growth["pass"] < 0.15 * growth["none"]
 
 
+@pytest.mark.parametrize("option", ["offload_optimizer=true", "weights=bfloat16"])
+def test_options_that_need_zero_1_or_2_are_proposed_so_and_need_less(option) -> None:
+    with_option, without = (proposed([*SMALL, *more], 8, 8) for more in ([f"parallel.{option}"], []))
+    assert {c.config.parallel.zero_stage for c in with_option} <= {1, 2}
+
+    def least(found):
+        return min(c.memory.weights + c.memory.masters + c.memory.optimizer for c in found)
+
+    assert least(with_option) < least(without)
+
+
 def test_a_layout_that_fits_and_one_that_does_not(capsys) -> None:
     layout = ["parallel=tp2_pp2_dp2", "gpus=8"]
     code, text, _ = run(capsys, *SMALL, *layout, "gpu_gib=8")
