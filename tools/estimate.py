@@ -32,7 +32,7 @@ from typing import Literal, NamedTuple
 
 from sleeptrain.config import Config, DataConfig, ParallelConfig
 from sleeptrain.data.stream import TrainStream
-from sleeptrain.engine.plan_report import human, rank_table
+from sleeptrain.engine.plan_report import rank_table
 from sleeptrain.model.flops import FLOAT32_BYTES, training_flops
 from sleeptrain.model.visits import Window, cut, plan
 from sleeptrain.parallel.check import check_degrees
@@ -133,10 +133,8 @@ def answer(config: Config, run: Run, gpus: int, gpu_gib: float, room: int) -> bo
     print("\n".join(rank_table(config, run.vocab_size, run.windows, replicas)))
     candidate = judge(config, run, replicas)
     verdict = "it fits" if candidate.memory.total <= room else "it does not fit"
-    print(
-        f"  {verdict}: {human(candidate.memory.total)} B on the fullest rank, {human(room)} B usable of "
-        f"{gpu_gib:g} GiB\n"
-    )
+    needed = f"{candidate.memory.total / 2**30:.1f} GiB on the fullest rank"
+    print(f"  {verdict}: {needed}, {room / 2**30:.1f} usable of {gpu_gib:g} GiB\n")
     return candidate.memory.total <= room
 
 
