@@ -10,6 +10,7 @@ from torch import Tensor
 
 from sleeptrain.config import Config, ParallelConfig
 from sleeptrain.data.batch import Batch
+from sleeptrain.model.sleep import PassTrace
 from sleeptrain.parallel.backend import LocalBackend
 from sleeptrain.parallel.layout import Box
 from sleeptrain.parallel.megatron import MegatronDeepspeedBackend
@@ -28,11 +29,12 @@ class Piece(NamedTuple):
 
 
 class Run(NamedTuple):
-    """What training gave; ``gradients`` are those of the first step, ``weights`` those after the last."""
+    """What training gave; ``gradients`` and ``memory_norms`` are those of the first step, ``weights`` those
+    after the last."""
 
     losses: list[float]
     norms: list[float]
-    memory_norms: list[dict[int, tuple[float, float]]]
+    memory_norms: dict[int, tuple[float, float]]
     gradients: list[Piece]
     weights: list[Piece]
     nll: Tensor
@@ -43,10 +45,12 @@ def train(config: Config, num_passes: int, batches: list[Batch]) -> Run:
     """A step on each batch, then an evaluation of some rows of the last: as a rank."""
     backend = rank_backend(config)
     topology, shards = backend.topology, backend.shards
-    result = Run([], [], [], [], [], torch.empty(0), torch.empty(0))
+    result = Run([], [], {}, [], [], torch.empty(0), torch.empty(0))
     for batch in batches:
-        forward = backend.forward_backward(own_rows(backend, batch), num_passes, traced=True)
-        if batch is batches[0]:
+        is_first = batch is batches[0]
+        forward = backend.forward_backward(own_rows(backend, batch), num_passes, traced=is_first)
+        if is_first:
+            result.memory_norms.update(forward.memory_norms)
             result.gradients.extend(
                 Piece(f.held.name, f.held.shape, f.held.box, f.start, g.clone())
                 for f, g in zip(shards.fragments, shards.gradients())
@@ -55,7 +59,6 @@ def train(config: Config, num_passes: int, batches: list[Batch]) -> Run:
         assert update.applied
         result.losses.append(update.loss)
         result.norms.append(update.grad_norm)
-        result.memory_norms.append(forward.memory_norms)
     output = backend.evaluate(held_out(batches[-1]), num_passes)
     assert output.nll.shape == output.predictions.shape
     topology.barrier()
@@ -92,16 +95,19 @@ def weights_of(backend: MegatronDeepspeedBackend) -> list[Piece]:
 def train_alone(config: Config, num_passes: int, batches: list[Batch]) -> Run:
     """The same in one process of plain torch."""
     backend = local_backend(config)
-    result = Run([], [], [], [], [], torch.empty(0), torch.empty(0))
+    result = Run([], [], {}, [], [], torch.empty(0), torch.empty(0))
     for batch in batches:
-        forward = backend.forward_backward(batch, num_passes, traced=True)
+        forward = backend.forward_backward(batch, num_passes)
         if batch is batches[0]:
+            trace: list[PassTrace] = []
+            with torch.no_grad():
+                backend.model(batch, num_passes, trace=trace)
+            result.memory_norms.update(norms_of(trace))
             result.gradients.extend(whole(n, p.grad) for n, p in backend.model.named_parameters())
         update = backend.step(0.7, forward.loss)
         assert update.applied
         result.losses.append(update.loss)
         result.norms.append(update.grad_norm)
-        result.memory_norms.append(forward.memory_norms)
     output = backend.evaluate(held_out(batches[-1]), num_passes)
     weights = [whole(n, p) for n, p in backend.model.named_parameters()]
     return result._replace(weights=weights, nll=output.nll, predictions=output.predictions)
@@ -115,6 +121,15 @@ def local_backend(config: Config) -> LocalBackend:
     return backend
 
 
+def norms_of(trace: list[PassTrace]) -> dict[int, tuple[float, float]]:
+    """By pass, means over sequences and blocks."""
+    found = {}
+    for n in sorted({t.pass_number for t in trace}):
+        of_pass = [torch.stack([t.norm, t.update]).sqrt().flatten(1) for t in trace if t.pass_number == n]
+        found[n] = tuple(torch.cat(of_pass, dim=1).mean(1).tolist())
+    return found
+
+
 def whole(name: str, values: Tensor | None) -> Piece:
     assert values is not None, f"the model does not use {name}"
     box = tuple((0, n) for n in values.shape)
@@ -122,7 +137,7 @@ def whole(name: str, values: Tensor | None) -> Piece:
 
 
 def assembled(pieces: list[Piece]) -> dict[str, Tensor]:
-    """The logical tensors; raises AssertionError where an element is missing, or two ranks differ in it."""
+    """The logical tensors; raises AssertionError where an element is missing, or two ranks differ in one."""
     found: dict[str, Tensor] = {}
     for name, shape, box, start, values in pieces:
         tensor = found.setdefault(name, torch.full(shape, torch.nan, dtype=values.dtype))
@@ -172,9 +187,8 @@ def distance(ranks: list[Run], alone: Run) -> Distance:
         max(
             abs(x / y - 1)
             for run in ranks
-            for ours, truth in zip(run.memory_norms, alone.memory_norms, strict=True)
-            for n in ours.keys() | truth.keys()
-            for x, y in zip(ours[n], truth[n])
+            for n in run.memory_norms.keys() | alone.memory_norms.keys()
+            for x, y in zip(run.memory_norms[n], alone.memory_norms[n])
         ),
         gradients,
         tuple(worst_gradient),
