@@ -123,6 +123,7 @@ def test_stages_give_losses_and_gradients_of_the_whole(case: tuple) -> None:
     assert error_of(config, batch_of(**batch), num_passes) < 1e-12
 
 
+@pytest.mark.more
 @pytest.mark.parametrize("what", ["memory", "caches", "tail", "core_left", "losses"])
 def test_it_notices_what_does_not_come_back(what: str, monkeypatch: pytest.MonkeyPatch) -> None:
     settings = SLIDING | {"pattern": "gdn attn gdn attn gdn", "coda_blocks": 1, "sliding_kv": "per_pass"}
