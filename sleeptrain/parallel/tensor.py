@@ -98,11 +98,12 @@ class _CopiedNorm(RMSNorm):
 class _Cast:
     """Casts before megatron-core's own linear function, whose backward pass knows autocast on CUDA alone."""
 
-    def _forward_impl(self, input: Tensor, weight: Tensor, *rest: Any, **named: Any) -> Tensor:
+    def _forward_impl(self, input: Tensor, weight: Tensor, bias: Tensor | None, **named: Any) -> Tensor:
         if torch.is_autocast_enabled(input.device.type):
             dtype = torch.get_autocast_dtype(input.device.type)
             input, weight = input.to(dtype), weight.to(dtype)
-        return super()._forward_impl(input, weight, *rest, **named)  # type: ignore[misc]
+            bias = None if bias is None else bias.to(dtype)
+        return super()._forward_impl(input, weight, bias=bias, **named)  # type: ignore[misc]
 
 
 class _Column(_Cast, mcore.ColumnParallelLinear):
