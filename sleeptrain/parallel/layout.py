@@ -22,6 +22,7 @@ from sleeptrain.optim.optimizer import is_muon, takes_decay
 from sleeptrain.schema import ConfigError
 
 GATHERED_ELEMENTS = 1_000_000_000  # what ZeRO 3 leaves gathered
+MUON_ELEMENTS = 64_000_000  # of matrices that Muon holds whole at once
 
 Box = tuple[tuple[int, int], ...]  # start and stop in each dimension of a logical tensor
 
@@ -253,6 +254,11 @@ def bucket_elements(num_elements: int) -> int:
     return min(num_elements, 2**26)
 
 
+def muon_batch(shape: torch.Size) -> int:
+    """Matrices of one shape that are gathered and orthogonalised together."""
+    return max(1, MUON_ELEMENTS // math.prod(shape))
+
+
 def _update_bytes(config: Config, shares: Sequence[Share], replicas: int) -> int:
     """What reducing and updating needs for a while: a flat copy or a bucket of gradients, this replica's part
     of them; and Muon's matrices of one shape, whole, with the products of an iteration."""
@@ -261,7 +267,8 @@ def _update_bytes(config: Config, shares: Sequence[Share], replicas: int) -> int
     for share in shares:
         if is_muon(share.name, share.shape):
             by_shape[share.shape] = by_shape.get(share.shape, 0) + 1
-    muon = max((n * (5 * math.prod(s) + 3 * min(s) ** 2) for s, n in by_shape.items()), default=0)
+    batches = {s: min(n, muon_batch(s)) for s, n in by_shape.items()}
+    muon = max((n * (5 * math.prod(s) + 3 * min(s) ** 2) for s, n in batches.items()), default=0)
     if stage == 0:
         return FLOAT32_BYTES * max(whole if replicas > 1 else 0, muon)
     part = whole // replicas

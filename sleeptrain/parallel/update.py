@@ -16,6 +16,7 @@ from sleeptrain.config import OptimConfig
 from sleeptrain.optim.muon import orthogonalise, update_scale
 from sleeptrain.optim.optimizer import ADAMW_STATE, is_muon
 from sleeptrain.parallel.backend import UpdateResult
+from sleeptrain.parallel.layout import muon_batch
 from sleeptrain.parallel.stage import Held, part_of
 from sleeptrain.parallel.topology import Topology
 from sleeptrain.parallel.zero import Fragment, Replicated, Shards
@@ -141,11 +142,15 @@ class ShardedUpdate:
 
 
 def _by_shape(held: list[Held]) -> list[list[Held]]:
-    """Matrices that can be orthogonalised as one batch."""
+    """Matrices that can be orthogonalised as one batch, as many as are whole in memory at once."""
     groups: dict[tuple, list[Held]] = {}
     for h in held:
         groups.setdefault((h.shape, h.box, h.split), []).append(h)
-    return list(groups.values())
+    return [
+        group[i : i + muon_batch(group[0].shape)]
+        for group in groups.values()
+        for i in range(0, len(group), muon_batch(group[0].shape))
+    ]
 
 
 def _slice(fragment: Fragment, suffix: str, values: Tensor) -> Slice:
