@@ -1,4 +1,4 @@
-"""Dropout as a pure function: its share, and that nothing but example, visit, block, token and channel decides."""
+"""Dropout: its share, and that nothing but example, visit, block, token and channel decides."""
 
 from dataclasses import replace
 
@@ -79,5 +79,5 @@ def test_only_training_drops() -> None:
 
 
 def test_a_share_of_one_is_refused() -> None:
-    with pytest.raises(ConfigError, match="model.dropout=1 must be at least 0 and below 1"):
+    with pytest.raises(ConfigError, match=r"model\.dropout=1 must be at least 0 and below 1"):
         ModelConfig(dropout=1)
