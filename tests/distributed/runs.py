@@ -1,6 +1,8 @@
 """A few steps of training, in one process or as one rank of many, and how far apart they end."""
 
+from collections.abc import Iterable
 from dataclasses import replace
+from itertools import repeat
 from typing import NamedTuple
 
 import torch
@@ -16,6 +18,12 @@ from sleeptrain.parallel.layout import Box
 from sleeptrain.parallel.megatron import MegatronDeepspeedBackend
 from sleeptrain.parallel.stage import part_of
 from sleeptrain.parallel.topology import join
+
+Passes = int | tuple[int, ...]  # N of all steps, or of each
+
+
+def of_steps(passes: Passes) -> Iterable[int]:
+    return passes if isinstance(passes, tuple) else repeat(passes)
 
 
 class Piece(NamedTuple):
@@ -41,12 +49,12 @@ class Run(NamedTuple):
     predictions: Tensor
 
 
-def train(config: Config, num_passes: int, batches: list[Batch]) -> Run:
+def train(config: Config, passes: Passes, batches: list[Batch]) -> Run:
     """A step on each batch, then an evaluation of some rows of the last: as a rank."""
     backend = rank_backend(config)
     topology, shards = backend.topology, backend.shards
     result = Run([], [], {}, [], [], torch.empty(0), torch.empty(0))
-    for batch in batches:
+    for num_passes, batch in zip(of_steps(passes), batches):
         is_first = batch is batches[0]
         forward = backend.forward_backward(own_rows(backend, batch), num_passes, traced=is_first)
         if is_first:
@@ -92,11 +100,11 @@ def weights_of(backend: MegatronDeepspeedBackend) -> list[Piece]:
     return [Piece(h.name, h.shape, h.box, 0, h.parameter.detach().flatten().clone()) for h in backend.held]
 
 
-def train_alone(config: Config, num_passes: int, batches: list[Batch]) -> Run:
+def train_alone(config: Config, passes: Passes, batches: list[Batch]) -> Run:
     """The same in one process of plain torch."""
     backend = local_backend(config)
     result = Run([], [], {}, [], [], torch.empty(0), torch.empty(0))
-    for batch in batches:
+    for num_passes, batch in zip(of_steps(passes), batches):
         forward = backend.forward_backward(batch, num_passes)
         if batch is batches[0]:
             trace: list[PassTrace] = []
@@ -201,7 +209,7 @@ def num_ranks(config: Config) -> int:
     return parallel.tensor_size * parallel.pipeline_size * (parallel.data_size or 1)
 
 
-def compared(config: Config, num_passes: int, batches: list[Batch]) -> Distance:
+def compared(config: Config, passes: Passes, batches: list[Batch]) -> Distance:
     """Between all ranks' runs and that of the single process."""
-    ranks = run_ranks(num_ranks(config), train, config, num_passes, batches)
-    return distance(ranks, train_alone(config, num_passes, batches))
+    ranks = run_ranks(num_ranks(config), train, config, passes, batches)
+    return distance(ranks, train_alone(config, passes, batches))

@@ -3,15 +3,18 @@ process, in float32 as in a real run."""
 
 from typing import Any
 
+import deepspeed
 import pytest
 from faults import FAULTS
-from runs import Distance, compared
+from runs import Distance, Passes, compared
 from small import batch_of, config_of
+
+from sleeptrain.parallel import layout
 
 TEXT = {"schedule": "predict_then_consolidate", "eviction": "sliding"}
 SEGMENTS = {"pattern": "swa:4 gdn attn jet gdn attn gdn", "prelude_blocks": 1, "coda_blocks": 2}
 LOSSES, TP2, PP2, PP4, DP2 = "loss_windows", {"tensor": 2}, {"pipeline": 2}, {"pipeline": 4}, {"data": 2}
-Case = tuple[dict[str, int], int, dict[str, Any], dict[str, Any]]  # degrees, N, settings, batch
+Case = tuple[dict[str, int], Passes, dict[str, Any], dict[str, Any]]  # degrees, N, settings, batch
 
 CORE: dict[str, Case] = {
     "tp2": (TP2, 3, {"pattern": "attn jet attn gdn"}, {"padded": True}),
@@ -82,6 +85,8 @@ MORE: dict[str, Case] = {
         {"resets": True},
     ),
     "dropout": (TP2 | PP2, 3, {"dropout": 0.2, "activation_checkpointing": "pass"}, {}),
+    "dp2 zero3, N that changes": (DP2, (1, 3, 2, 1, 4), {"zero_stage": 3, "pattern": "attn gdn"}, {}),
+    "pp2 dp2, N that changes": (PP2 | DP2, (1, 3, 2, 1, 4), {"pattern": "attn gdn"}, {LOSSES: (0, 2)}),
     "no clipping": (TP2 | DP2, 3, {"muon_scale": "original", "clip_norm": 0.0}, {}),
 }
 IN_FLOAT32 = Distance(
@@ -106,9 +111,9 @@ IN_BFLOAT16 = Distance(  # about twice what one process differs from float32
 
 def wrong(case: Case, num_steps: int = 5, factor: float = 1, limits: Distance = IN_FLOAT32) -> set[str]:
     """What is further apart than ``factor`` times what rounding explains."""
-    degrees, num_passes, settings, batch = case
+    degrees, passes, settings, batch = case
     batches = [batch_of(**batch, seed=seed) for seed in range(num_steps)]
-    found = compared(config_of(**degrees, **settings), num_passes, batches)
+    found = compared(config_of(**degrees, **settings), passes, batches)
     flat = [(x if isinstance(x, float) else x[0]) for x in (*found, *limits)]
     half = len(found)
     return {n for n, x, limit in zip(found._fields, flat[:half], flat[half:]) if not x <= factor * limit}
@@ -123,6 +128,32 @@ def test_ranks_train_as_one_process(case: Case) -> None:
 @pytest.mark.parametrize("case", MORE.values(), ids=MORE)
 def test_ranks_train_as_one_process_with_other_settings(case: Case) -> None:
     assert wrong(case) == set()
+
+
+LARGE: dict[str, Case] = {
+    "zero1": (DP2, 2, {}, {}),
+    "zero2": (TP2 | PP2 | DP2, 2, {"zero_stage": 2}, {}),
+    "zero2 offload": (DP2, 2, {"zero_stage": 2, "offload_optimizer": True}, {}),
+    "zero3": (DP2, (3, 1, 2), {"zero_stage": 3, "activation_checkpointing": "pass"}, {}),
+}
+
+
+@pytest.mark.more
+@pytest.mark.parametrize("case", LARGE.values(), ids=LARGE)
+def test_what_is_done_in_one_go_for_a_small_model_but_not_for_a_large_one(
+    case: Case, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Several buckets, weights larger than one, Muon's matrices in several batches; with ZeRO 3 no weight so
+    small that it stays gathered."""
+    initialize = deepspeed.initialize
+
+    def as_for_a_large_model(config: dict[str, Any], **arguments: Any) -> Any:
+        config["zero_optimization"] |= {"stage3_param_persistence_threshold": 0, "reduce_bucket_size": 100}
+        return initialize(config=config, **arguments)
+
+    monkeypatch.setattr(deepspeed, "initialize", as_for_a_large_model)
+    monkeypatch.setattr(layout, "MUON_ELEMENTS", 150)
+    assert wrong(case, num_steps=3) == set()
 
 
 @pytest.mark.more
