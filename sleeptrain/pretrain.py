@@ -30,6 +30,7 @@ Trains a model that sleeps, and resumes when the run folder already holds a chec
   python -m sleeptrain.pretrain experiment=quickstart
   python -m sleeptrain.pretrain experiment=quickstart sleep.num_passes=4 run.id=n4
   python -m sleeptrain.pretrain experiment=rule110_paper dry_run=true
+  torchrun --nproc-per-node 8 -m sleeptrain.pretrain experiment=quickstart parallel=tp2_pp2_dp2
 """
 
 

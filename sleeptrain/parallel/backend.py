@@ -122,8 +122,8 @@ def mean_norms(trace: list[PassTrace]) -> dict[int, tuple[float, float]]:
     """By pass, the norm of S and of its change, from squares that hold all heads."""
     of_passes: dict[int, list[Tensor]] = {}
     for t in trace:
-        of_passes.setdefault(t.pass_number, []).append(torch.stack([t.norm, t.update]).sqrt().mean((1, 2)))
-    means = {n: torch.stack(pairs).mean(0).tolist() for n, pairs in sorted(of_passes.items())}
+        of_passes.setdefault(t.pass_number, []).append(torch.stack([t.norm, t.update]).sqrt().flatten(1))
+    means = {n: torch.cat(parts, dim=1).mean(1).tolist() for n, parts in sorted(of_passes.items())}
     return {n: (norm, update) for n, (norm, update) in means.items()}
 
 

@@ -27,8 +27,14 @@ def _check_rows(config: Config, replicas: int) -> None:
             f"multiple of {replicas}"
         )
     rows = batch // replicas
+    if config.data.micro_batch_sequences is None and rows % stages:
+        raise ConfigError(
+            f"parallel.pipeline_size={stages} needs a multiple of {stages} rows in each of {replicas} "
+            f"replicas, and data.batch_sequences={batch} gives it {rows}; choose a multiple of "
+            f"{stages * replicas}"
+        )
     micro = micro_batch_of(config, rows)
-    if micro == 0 or rows % micro:
+    if rows % micro:
         raise ConfigError(
             f"data.micro_batch_sequences={config.data.micro_batch_sequences} does not divide the {rows} rows "
             f"of each of {replicas} replicas; choose a divisor of {rows}"

@@ -22,7 +22,7 @@ from sleeptrain.parallel.cpu_compat import cuda_means_cpu
 from sleeptrain.parallel.layout import is_on_both_ends
 from sleeptrain.parallel.pipeline import Pipeline
 from sleeptrain.parallel.stage import build_stage, initial_values
-from sleeptrain.parallel.topology import Topology, all_reduce_flat
+from sleeptrain.parallel.topology import Group, Topology, all_reduce_flat
 from sleeptrain.parallel.update import ShardedUpdate
 from sleeptrain.parallel.zero import make_shards
 
@@ -137,8 +137,20 @@ class MegatronDeepspeedBackend:
             partial = [h.parameter for h in self.held if h.split.is_summed]
             all_reduce_flat([_gradient(p) for p in partial], topology.tensor)
         if topology.pipeline.size() > 1 and topology.ends is not None:
-            shared = sorted((h.name, h) for h in self.held if is_on_both_ends(h.name, self.config))
-            all_reduce_flat([_gradient(h.parameter) for _, h in shared], topology.ends)
+            shared = [h for h in self.held if is_on_both_ends(h.name, self.config)]
+            in_order = sorted(shared, key=lambda h: h.name)
+            self._sum_over_ends([_gradient(h.parameter) for h in in_order], topology.ends)
+
+    def _sum_over_ends(self, gradients: list[Tensor], ends: Group) -> None:
+        """Over the replicas, too, and first: what the two stages then hold is the same to the last bit,
+        and stays so in the sum of equal parts that follows. Else their copies of a weight would drift
+        apart."""
+        replicas = self.topology.data.size()
+        if replicas > 1:
+            all_reduce_flat(gradients, self.topology.data)
+        all_reduce_flat(gradients, ends)
+        if gradients and replicas > 1:
+            torch._foreach_div_(gradients, replicas)
 
     def _mean_norms(self, trace: list[PassTrace], num_passes: int) -> dict[int, tuple[float, float]]:
         sums = torch.zeros(num_passes, 3, device=self.device)

@@ -1,15 +1,11 @@
 """What both backends say of a run."""
 
-import pytest
 import torch
 
 from sleeptrain.model.sleep import PassTrace
 from sleeptrain.parallel.backend import mean_norms
 
 
-@pytest.mark.xfail(
-    strict=True, reason="a mean of the visits' means: a prelude of one block counts as much as a core"
-)
 def test_norms_of_fast_weights_are_means_over_blocks() -> None:
     """As ``MegatronDeepspeedBackend`` reports them: three blocks, one of them in the prelude."""
     prelude = PassTrace(0, 1, torch.full((1, 2), 16.0), torch.full((1, 2), 1.0))

@@ -116,7 +116,6 @@ def test_degrees_that_do_not_fit_are_refused(settings: dict, world_size: int, se
     ],
     ids=["fewer rows than stages", "six rows", "ten rows"],
 )
-@pytest.mark.xfail(strict=True, reason="the remedy is data.micro_batch_sequences, which is not set")
 def test_too_few_rows_for_the_stages_name_the_batch_size(settings: dict) -> None:
     with pytest.raises(
         ConfigError, match=r"parallel\.pipeline_size=4.*data\.batch_sequences=\d+.*multiple of 4"
