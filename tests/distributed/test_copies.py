@@ -63,15 +63,18 @@ def train(config: Config, num_steps: int) -> list[Piece]:
     backend = rank_backend(config)
     for seed in range(num_steps):
         batch = batch_of(seed=seed, num_rows=config.data.batch_sequences)
-        loss = backend.forward_backward(own_rows(backend, batch), 1).loss
+        loss = backend.forward_backward(own_rows(backend, batch), 2).loss
         assert backend.step(1.0, loss).applied
     return weights_of(backend)
 
 
-def test_first_and_last_stage_keep_equal_copies() -> None:
+@pytest.mark.parametrize("zero_stage", [0, 1])
+def test_first_and_last_stage_keep_equal_copies(zero_stage: int) -> None:
     """Three replicas: two summands have one order, three have several."""
-    config = config_of(pipeline=2, data=3, zero_stage=0, batch_sequences=12, tie_embeddings=True)
+    shared = {"tie_embeddings": True, "norm_between_passes": True}
+    config = config_of(pipeline=2, data=3, zero_stage=zero_stage, batch_sequences=12, **shared)
     ranks = run_ranks(6, train, config, 5)
-    first, *others = (piece.values for rank in ranks for piece in rank if piece.name == "embed.weight")
-    assert len(others) == 5
-    assert all(torch.equal(first, other) for other in others)
+    for name in ("embed.weight", "final_norm.weight"):
+        first, *others = (piece.values for rank in ranks for piece in rank if piece.name == name)
+        assert len(others) == 5
+        assert all(torch.equal(first, other) for other in others)
