@@ -31,6 +31,7 @@ from sleeptrain.engine.trainer import Trainer
 from sleeptrain.model.sleep import SleepModel
 from sleeptrain.optim.optimizer import MuonAdamW
 from sleeptrain.optim.schedule import lr_factor
+from sleeptrain.parallel.place import Alone
 from sleeptrain.tasks import make_task
 
 
@@ -67,7 +68,7 @@ def main() -> None:
     block_steps = config.log.every_steps
     with tempfile.TemporaryDirectory() as folder:
         in_folder = replace(config, run=replace(config.run, dir=folder))
-        trainer = Trainer(in_folder, make_task(config.task), Path(folder), frozen_config="")
+        trainer = Trainer(in_folder, make_task(config.task), Path(folder), frozen_config="", place=Alone())
         model = SleepModel(config.model, config.sleep, trainer.task.vocab_size, config.run.seed)
         switch = Switch(
             bare_loop(config, model, (options.rounds + 1) * block_steps), block_steps, options.rounds
