@@ -14,6 +14,7 @@ from sleeptrain.parallel import layout
 TEXT = {"schedule": "predict_then_consolidate", "eviction": "sliding"}
 SEGMENTS = {"pattern": "swa:4 gdn attn jet gdn attn gdn", "prelude_blocks": 1, "coda_blocks": 2}
 LOSSES, TP2, PP2, PP4, DP2 = "loss_windows", {"tensor": 2}, {"pipeline": 2}, {"pipeline": 4}, {"data": 2}
+TWO = {"pattern": "attn gdn"}  # blocks, to be quick
 Case = tuple[dict[str, int], Passes, dict[str, Any], dict[str, Any]]  # degrees, N, settings, batch
 
 CORE: dict[str, Case] = {
@@ -30,9 +31,9 @@ CORE: dict[str, Case] = {
         {LOSSES: (0, 2)},
     ),
     "dp2 zero3": (DP2, 1, {"zero_stage": 3}, {"padded": True}),
-    "tp2 dp2": (TP2 | DP2, 3, {"zero_stage": 2, "sequence_parallel": True}, {LOSSES: (0, 2)}),
-    "tp2 pp2": (TP2 | PP2, 3, {"tie_embeddings": True, "eviction": "sliding"}, {LOSSES: (0, 2)}),
-    "tp2 pp2 dp2": (TP2 | PP2 | DP2, 3, {}, {LOSSES: (1, 2), "padded": True}),
+    "tp2 dp2": (TP2 | DP2, 3, TWO | {"zero_stage": 2, "sequence_parallel": True}, {LOSSES: (0, 2)}),
+    "tp2 pp2": (TP2 | PP2, 3, TWO | {"tie_embeddings": True, "eviction": "sliding"}, {LOSSES: (0, 2)}),
+    "tp2 pp2 dp2": (TP2 | PP2 | DP2, 3, TWO, {LOSSES: (1, 2), "padded": True}),
 }
 MORE: dict[str, Case] = {
     "one rank": ({}, 3, {"zero_stage": 2}, {}),
@@ -69,8 +70,8 @@ MORE: dict[str, Case] = {
         TP2 | DP2,
         3,
         {
+            **TWO,
             "zero_stage": 3,
-            "pattern": "attn gdn",
             "sequence_parallel": True,
             "activation_checkpointing": "both",
             "eviction": "sliding",
@@ -85,8 +86,8 @@ MORE: dict[str, Case] = {
         {"resets": True},
     ),
     "dropout": (TP2 | PP2, 3, {"dropout": 0.2, "activation_checkpointing": "pass"}, {}),
-    "dp2 zero3, N that changes": (DP2, (1, 3, 2, 1, 4), {"zero_stage": 3, "pattern": "attn gdn"}, {}),
-    "pp2 dp2, N that changes": (PP2 | DP2, (1, 3, 2, 1, 4), {"pattern": "attn gdn"}, {LOSSES: (0, 2)}),
+    "dp2 zero3, N that changes": (DP2, (1, 3, 2, 1, 4), TWO | {"zero_stage": 3}, {}),
+    "pp2 dp2, N that changes": (PP2 | DP2, (1, 3, 2, 1, 4), TWO, {LOSSES: (0, 2)}),
     "no clipping": (TP2 | DP2, 3, {"muon_scale": "original", "clip_norm": 0.0}, {}),
 }
 IN_FLOAT32 = Distance(
