@@ -62,8 +62,11 @@ class MuonAdamW:
         once."""
         tensors = {"num_updates": torch.tensor(self.num_updates)}
         for optimizer, keys in ((self.muon, ("momentum",)), (self.adamw, ADAMW_STATE)):
-            for parameter, values in optimizer.state.items():
-                tensors |= {f"{self.names[id(parameter)]}/{key}": values[key] for key in keys}
+            for parameter in (p for group in optimizer.param_groups for p in group["params"]):
+                values = optimizer.state.get(parameter, {})
+                if self.num_updates:  # zero for a weight that never had a gradient
+                    named = {key: values.get(key, torch.zeros_like(parameter)) for key in keys}
+                    tensors |= {f"{self.names[id(parameter)]}/{key}": x for key, x in named.items()}
         return tensors
 
     def load(self, tensors: dict[str, Tensor]) -> None:

@@ -163,3 +163,13 @@ def test_cuda_where_there_is_none_is_refused() -> None:
     assert choose_device("auto") == torch.device("cpu")
     with pytest.raises(ConfigError, match=r"run\.device=cuda"):
         choose_device("cuda")
+
+
+def test_a_weight_that_never_had_a_gradient_is_saved_and_loaded() -> None:
+    backend = build()
+    train(backend, range(1))
+    parameter = next(p for name, p in backend.model.named_parameters() if name == "embed.weight")
+    del backend.optimizer.adamw.state[parameter]
+    state = backend.optimizer.state()
+    assert not state["embed.weight/exp_avg"].any()
+    build().optimizer.load(state)
