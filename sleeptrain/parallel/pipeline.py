@@ -59,8 +59,7 @@ class Pipeline:
         """Walks all microbatches, of equal shape, over all stages, and adds ``loss_scale`` times the
         gradient of their summed loss to the parameters here.
 
-        Returns their walks; on the last stage ``nll`` is filled. ``trace`` collects norms of the first
-        one.
+        Returns their walks; on the last stage ``nll`` is filled. ``trace`` collects the norms of all.
         """
         trips = _Trips(self.model, microbatches, num_passes, loss_scale, self.autocast, trace)
         num_visits, windows = len(trips.visits), trips.windows
