@@ -5,15 +5,13 @@ import os
 import time
 from contextlib import nullcontext
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.utils.deterministic
 
-from sleeptrain.checkpoint import store
 from sleeptrain.checkpoint.durable import replace_file
-from sleeptrain.checkpoint.manifest import CheckpointError, differences
-from sleeptrain.checkpoint.reader import Checkpoint
+from sleeptrain.checkpoint.manifest import CheckpointError
 from sleeptrain.checkpoint.saver import Saver
 from sleeptrain.config import Config
 from sleeptrain.data.batch import Batch
@@ -21,6 +19,7 @@ from sleeptrain.data.stream import TrainStream
 from sleeptrain.engine.evaluation import as_row, as_table, check_difficulties, evaluate
 from sleeptrain.engine.figures import draw_learning_curve
 from sleeptrain.engine.garbage import collected_between_steps
+from sleeptrain.engine.interval import Interval, Work
 from sleeptrain.engine.logs import rank_log
 from sleeptrain.engine.metrics import (
     FILE_NAME,
@@ -32,6 +31,7 @@ from sleeptrain.engine.metrics import (
 )
 from sleeptrain.engine.progress import Progress
 from sleeptrain.engine.resilience import EXIT_REQUEUE, RunLock, SkipGuard, StopSignal, cut_metrics
+from sleeptrain.engine.resume import newest_checkpoint, require_same_run
 from sleeptrain.model.flops import peak_flops, training_flops
 from sleeptrain.model.visits import cut, plan
 from sleeptrain.optim.schedule import lr_factor, num_passes_at
@@ -39,19 +39,6 @@ from sleeptrain.parallel.backend import choose_device
 from sleeptrain.parallel.place import Place, make_backend, open_place, rank_given
 from sleeptrain.schema import ConfigError, to_dict
 from sleeptrain.tasks import Task, make_task
-
-# Settings that may change between two starts of a run: they do not touch what it computes.
-FREE_SETTINGS = (
-    "run.id",
-    "run.dir",
-    "run.device",
-    "run.num_threads",
-    "run.allow_config_change",
-    "dry_run",
-    "data.micro_batch_sequences",
-    "sleep.activation_checkpointing",
-)
-FREE_SECTIONS = ("log.", "checkpoint.", "eval.", "parallel.")
 
 
 def train(config: Config, frozen_config: str) -> int:
@@ -202,7 +189,7 @@ class Trainer:
         self.interval = Interval()
         return row
 
-    def _work(self, batch: Batch, num_passes: int) -> "Work":
+    def _work(self, batch: Batch, num_passes: int) -> Work:
         """What a step with this N and these windows amounts to; N may change from step to step."""
         key = (num_passes, batch.windows_with_loss)
         if key not in self.works:
@@ -269,36 +256,12 @@ class Trainer:
         if failure:
             progress.line(f"warning: {failure}; training goes on")
 
-    def _newest_checkpoint(self) -> Checkpoint | None:
-        """The newest that is whole. The first process looks for it, and all read the same."""
-        path = None
-        if self.place.rank == 0:
-            found = store.find_latest(
-                self.folder / "checkpoints", report=lambda text: print(f"warning: {text}"), set_aside=True
-            )
-            path = found.path if found else None
-        path = self.place.from_first(path)
-        return Checkpoint(path) if path else None
-
     def _resume(self) -> None:
         """Goes on from the newest valid checkpoint; raises ConfigError when it belongs to another run."""
-        found = self._newest_checkpoint()
+        found = newest_checkpoint(self.folder / "checkpoints", self.place)
         if found is None:
             return
-        saved = {name: found.documents.get(name, {}) for name in ("config", "data")}
-        differing = [
-            line
-            for name in ("config", "data")
-            for line in differences(saved[name], self.documents[name])
-            if name == "data" or not _is_free(line.split(":")[0])
-        ]
-        if differing and not self.config.run.allow_config_change:
-            raise ConfigError(
-                f"{found.path} was trained with other settings: {'; '.join(differing)}; go back to them, "
-                "choose another run.id, or set run.allow_config_change=true"
-            )
-        for line in differing:
-            print(f"warning: going on with other settings, {line}")
+        require_same_run(found, self.documents, self.config.run.allow_config_change)
         try:
             self.backend.load(found)
         except (KeyError, ValueError) as error:
@@ -310,56 +273,8 @@ class Trainer:
         self.interval.load(found.documents["trainer"]["interval"])
 
 
-class Work(NamedTuple):
-    """Tokens times passes, and FLOPs with and without what checkpointing runs again."""
-
-    pass_tokens: float = 0.0
-    model_flops: float = 0.0
-    hardware_flops: float = 0.0
-
-    def utilisation(self, seconds: float, peak: float) -> dict[str, float]:
-        """As fractions of the ``peak`` FLOP/s of the device."""
-        return {
-            "train/mfu": self.model_flops / seconds / peak,
-            "train/hfu": self.hardware_flops / seconds / peak,
-        }
-
-
-class Interval:
-    """What happened since the last row of metrics; part of the checkpoint, so that rows do not depend on
-    restarts."""
-
-    def __init__(self) -> None:
-        self.loss_sum, self.num_losses = 0.0, 0
-        self.num_steps, self.seconds, self.data_seconds = 0, 0.0, 0.0
-        self.work = Work()
-
-    def add(
-        self, loss: float | None, grad_norm: float, num_passes: int, lr_factor: float, work: Work
-    ) -> None:
-        if loss is not None:
-            self.loss_sum += loss
-            self.num_losses += 1
-        self.num_steps += 1
-        self.grad_norm, self.num_passes, self.lr_factor = grad_norm, num_passes, lr_factor
-        self.work = Work(*(a + b for a, b in zip(self.work, work)))
-
-    def mean_loss(self) -> float | None:
-        return self.loss_sum / self.num_losses if self.num_losses else None
-
-    def state(self) -> dict[str, float]:
-        return {"loss_sum": self.loss_sum, "num_losses": self.num_losses}
-
-    def load(self, state: dict[str, float]) -> None:
-        self.loss_sum, self.num_losses = state["loss_sum"], int(state["num_losses"])
-
-
 def _due(step: int, every_steps: int) -> bool:
     return every_steps > 0 and step % every_steps == 0
-
-
-def _is_free(setting: str) -> bool:
-    return setting in FREE_SETTINGS or setting.startswith(FREE_SECTIONS)
 
 
 def _shown(row: dict[str, Any]) -> dict[str, str]:

@@ -64,9 +64,9 @@ class MuonAdamW:
         for optimizer, keys in ((self.muon, ("momentum",)), (self.adamw, ADAMW_STATE)):
             for parameter in (p for group in optimizer.param_groups for p in group["params"]):
                 values = optimizer.state.get(parameter, {})
-                if self.num_updates:  # zero for a weight that never had a gradient
-                    named = {key: values.get(key, torch.zeros_like(parameter)) for key in keys}
-                    tensors |= {f"{self.names[id(parameter)]}/{key}": x for key, x in named.items()}
+                for key in keys if self.num_updates else ():
+                    moment = values[key] if key in values else torch.zeros_like(parameter)  # never a gradient
+                    tensors[f"{self.names[id(parameter)]}/{key}"] = moment
         return tensors
 
     def load(self, tensors: dict[str, Tensor]) -> None:
