@@ -1,0 +1,139 @@
+"""The index of a set of shards: what the samples are, and of each shard its size and its SHA-256.
+
+A set is a folder, local or behind any URL that fsspec opens:
+
+    index.json           this
+    depo-000000.tar ...  the shards: see ``shards.py``
+
+Index and shards may come from anywhere: what is read here is checked before it is used.
+"""
+
+import hashlib
+import json
+import re
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any, Literal, NamedTuple
+from urllib.parse import urlsplit
+
+from sleeptrain.schema import ConfigError
+
+FILE = "index.json"
+FORMAT = "sleeptrain shards 1"
+MAX_INDEX_BYTES = 256 * 2**20
+MAX_SHARD_BYTES = 4 * 2**30
+_SHARD_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_-]*-[0-9]{6}\.tar")
+_SHA256 = re.compile(r"[0-9a-f]{64}")
+
+Kind = Literal["examples", "documents"]
+
+
+class ShardError(RuntimeError):
+    """A set of shards is damaged, or not what its index says; the message names the file."""
+
+
+class ShardEntry(NamedTuple):
+    """What the index says of one shard."""
+
+    name: str
+    samples: int
+    tokens: int
+    bytes: int
+    sha256: str
+
+
+@dataclass(frozen=True)
+class Index:
+    """``examples`` have ``sequence_tokens`` each and their own targets; ``documents`` (0) are token ids, each
+    of any length, to be packed. ``task`` is the fingerprint of the task that they came from."""
+
+    kind: Kind
+    split: str
+    sequence_tokens: int
+    vocab_size: int
+    task: dict[str, Any]
+    tokenizer_sha256: str
+    code_version: str
+    shards: tuple[ShardEntry, ...]
+
+    @property
+    def num_samples(self) -> int:
+        return sum(shard.samples for shard in self.shards)
+
+    @property
+    def num_tokens(self) -> int:
+        return sum(shard.tokens for shard in self.shards)
+
+    @property
+    def sha256(self) -> str:
+        """Of all that the index says, however it was laid out."""
+        return hashlib.sha256(json.dumps(_plain(self), sort_keys=True).encode()).hexdigest()
+
+    def to_json(self) -> bytes:
+        """One line per shard, so that two indexes can be compared by eye."""
+        plain = _plain(self)
+        rows = ",\n".join(f"    {json.dumps(row)}" for row in plain.pop("shards"))
+        head = json.dumps(plain, indent=2).removesuffix("\n}")
+        return f'{head},\n  "shards": [\n{rows}\n  ]\n}}\n'.encode()
+
+
+def _plain(index: Index) -> dict[str, Any]:
+    values = asdict(index) | {"shards": [shard._asdict() for shard in index.shards]}
+    return {"format": FORMAT} | values
+
+
+def parse_index(data: bytes, where: str) -> Index:
+    """Raises ShardError unless it is an index of this format, whole and plain."""
+    try:
+        values = json.loads(data)
+        if values.pop("format") != FORMAT:
+            raise ShardError(f"{where} is not of the format '{FORMAT}'; make the shards again")
+        shards = tuple(ShardEntry(**row) for row in values.pop("shards"))
+        index = Index(**values, shards=shards)
+        _require_types(index)
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+        raise ShardError(f"{where} is no index of shards ({error}); make the shards again") from error
+    _require_plain(shards, where)
+    return index
+
+
+def _require_types(index: Index) -> None:
+    numbers = [index.sequence_tokens, index.vocab_size]
+    numbers += [n for shard in index.shards for n in (shard.samples, shard.tokens, shard.bytes)]
+    texts = [index.split, index.tokenizer_sha256, index.code_version]
+    texts += [text for shard in index.shards for text in (shard.name, shard.sha256)]
+    if any(type(n) is not int or n < 0 for n in numbers):
+        raise ValueError("a size is not a whole number")
+    if any(type(text) is not str for text in texts) or type(index.task) is not dict:
+        raise ValueError("a value is of the wrong type")
+    if index.kind not in ("examples", "documents"):
+        raise ValueError(f"kind {index.kind!r} is unknown")
+
+
+def _require_plain(shards: Sequence[ShardEntry], where: str) -> None:
+    if not shards:
+        raise ShardError(f"{where} names no shard; make the shards again")
+    for shard in shards:
+        if not _SHARD_NAME.fullmatch(shard.name):
+            raise ShardError(f"{where} names a shard {shard.name!r}; plain names end in -000000.tar")
+        if not _SHA256.fullmatch(shard.sha256):
+            raise ShardError(f"{where} gives {shard.name} no SHA-256")
+        if not shard.samples or shard.bytes % 512 or not 0 < shard.bytes <= MAX_SHARD_BYTES:
+            raise ShardError(
+                f"{where} gives {shard.name} {shard.samples} samples in {shard.bytes} bytes; a shard has at "
+                f"least one sample and at most {MAX_SHARD_BYTES} bytes"
+            )
+    if len({shard.name for shard in shards}) < len(shards):
+        raise ShardError(f"{where} names a shard twice")
+
+
+def require_plain_url(url: str, setting: str) -> None:
+    """Raises ConfigError for a URL that holds a secret, or that would run a command."""
+    parts = urlsplit(url)
+    if url.strip().startswith("pipe:") or "::" in url:
+        raise ConfigError(f"{setting} holds a chained or pipe URL, which could run commands; give a folder")
+    if parts.username or parts.password or parts.query:
+        raise ConfigError(
+            f"{setting} holds a URL with a name, password or query in it, which would end up in config.yaml; "
+            "give credentials by the environment or the file that its fsspec backend reads"
+        )

@@ -1,0 +1,1 @@
+"""Named alone (``pytest tests/faults``), the whole folder runs, the longer tests with it."""
