@@ -1,1 +1,20 @@
-"""Named alone (``pytest tests/faults``), the whole folder runs, the longer tests with it."""
+"""Asked for by name, alone or with ``tests/data``, this folder runs whole: the longer tests too, which a run of
+all tests leaves to ``-m more``."""
+
+from pathlib import Path
+
+import pytest
+
+TESTS = Path(__file__).resolve().parents[1]
+FOLDERS = (TESTS / "faults", TESTS / "data")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Where every path given lies in one of these folders, and no ``-m``, nothing but ``slow`` and ``gpu`` is
+    left out."""
+    paths = [
+        Path(config.invocation_params.dir, argument.split("::")[0]).resolve() for argument in config.args
+    ]
+    has_markers = any(argument.startswith("-m") for argument in map(str, config.invocation_params.args))
+    if not has_markers and all(any(path.is_relative_to(folder) for folder in FOLDERS) for path in paths):
+        config.option.markexpr = "not slow and not gpu"
