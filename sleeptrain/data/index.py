@@ -16,7 +16,7 @@ from dataclasses import asdict, dataclass
 from typing import Any, Literal, NamedTuple
 from urllib.parse import urlsplit
 
-from sleeptrain.schema import ConfigError
+from sleeptrain.schema import ConfigError, RunError
 
 FILE = "index.json"
 FORMAT = "sleeptrain shards 1"
@@ -28,7 +28,7 @@ _SHA256 = re.compile(r"[0-9a-f]{64}")
 Kind = Literal["examples", "documents"]
 
 
-class ShardError(RuntimeError):
+class ShardError(RunError):
     """A set of shards is damaged, or not what its index says; the message names the file."""
 
 
