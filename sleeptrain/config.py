@@ -294,6 +294,24 @@ class DataConfig:
     micro_batch_sequences: int | None = setting(
         None, "sequences of one forward/backward; null: the whole batch"
     )
+    shards: tuple[str, ...] = setting(
+        (), "folders or URLs of shards to train on (tools/make_shards.py); empty: the task makes its examples"
+    )
+    weights: tuple[float, ...] = setting((), "shares of data.shards; empty: by their numbers of samples")
+    num_streams: int | None = setting(
+        None, "logical streams that read the shards; replicas must divide them; null: at most 64"
+    )
+    num_workers: int = setting(0, "processes of each replica that make batches ahead; 0: none")
+    on_bad_shard: Literal["stop", "skip"] = setting(
+        "stop", "what a missing or damaged shard does: end the run, or be left out with a warning"
+    )
+    cache_dir: str = setting("", "folder for copies of shards from afar; empty: none are kept")
+    cache_gib: float = setting(20.0, "size at which the copies unused for longest are removed")
+
+    @property
+    def streams(self) -> int:
+        """By default the largest number up to 64 that divides the batch."""
+        return self.num_streams or next(n for n in range(64, 0, -1) if self.batch_sequences % n == 0)
 
     @property
     def micro_batch(self) -> int:
@@ -303,6 +321,19 @@ class DataConfig:
         _require_positive("data", self, ("batch_sequences",))
         if self.micro_batch_sequences is not None:
             _require_positive("data", self, ("micro_batch_sequences",))
+        if self.num_streams is not None:
+            _require_positive("data", self, ("num_streams",))
+        _require_in("data", self, ("num_workers", "cache_gib"), 0)
+        if self.batch_sequences % self.streams:
+            raise ConfigError(
+                f"data.num_streams={self.streams} does not divide data.batch_sequences="
+                f"{self.batch_sequences}; choose a divisor"
+            )
+        if self.weights and (len(self.weights) != len(self.shards) or min(self.weights) <= 0):
+            raise ConfigError(
+                f"data.weights={list(self.weights)} must be a positive number for each of the "
+                f"{len(self.shards)} data.shards; give as many, or leave it out"
+            )
         if self.batch_sequences % self.micro_batch:
             raise ConfigError(
                 f"data.micro_batch_sequences={self.micro_batch} does not divide "

@@ -50,7 +50,10 @@ class Batch:
 
 
 def make_batch(
-    examples: Examples, window_tokens: int, example_keys: Sequence[int] | np.ndarray | None = None
+    examples: Examples,
+    window_tokens: int,
+    example_keys: Sequence[int] | np.ndarray | None = None,
+    reset_state: np.ndarray | None = None,
 ) -> Batch:
     """``window_tokens`` 0: the whole sequence is one window."""
     length = window_tokens or examples.ids.shape[1]
@@ -60,7 +63,7 @@ def make_batch(
         targets=torch.from_numpy(examples.targets),
         loss_mask=torch.from_numpy(examples.loss_mask),
         valid=None if examples.valid.all() else torch.from_numpy(examples.valid),
-        reset_state=None,
+        reset_state=None if reset_state is None else torch.from_numpy(reset_state),
         difficulty=torch.from_numpy(examples.difficulty),
         windows_with_loss=tuple(
             bool(has_loss[s : s + length].any()) for s in range(0, len(has_loss), length)

@@ -6,6 +6,9 @@ v, v + V, v + 2V, ... of it. So no shard is lost or read twice in an epoch whate
 on how many processes share the streams.
 """
 
+from collections.abc import Sequence
+from functools import lru_cache
+
 import numpy as np
 
 from sleeptrain.tasks.base import Ints
@@ -23,10 +26,15 @@ def shuffled(size: int, seed: int, purpose: str, number: int) -> Ints:
 def shard_at(place: int, num_shards: int, seed: int, source: int) -> tuple[int, int]:
     """(epoch, shard) at a place of the endless row of a source."""
     epoch, within = divmod(place, num_shards)
-    return epoch, int(shuffled(num_shards, seed, f"shards of source {source}", epoch)[within])
+    return epoch, int(_epoch(num_shards, seed, source, epoch)[within])
 
 
-def source_at(drawn: int, stream: int, shares: Ints | np.ndarray, seed: int) -> int:
+@lru_cache(maxsize=64)
+def _epoch(num_shards: int, seed: int, source: int, epoch: int) -> Ints:
+    return shuffled(num_shards, seed, f"shards of source {source}", epoch)
+
+
+def source_at(drawn: int, stream: int, shares: Sequence[float], seed: int) -> int:
     """Which source the next sample of a stream comes from, ``drawn`` samples having come before.
 
     Multiples of the golden ratio modulo 1 fill [0, 1) more evenly than random numbers: in any stretch each

@@ -18,6 +18,11 @@ FREE_SETTINGS = (
     "run.allow_config_change",
     "dry_run",
     "data.micro_batch_sequences",
+    "data.shards",  # what they hold is compared by its hash
+    "data.num_workers",
+    "data.on_bad_shard",
+    "data.cache_dir",
+    "data.cache_gib",
     "sleep.activation_checkpointing",
 )
 FREE_SECTIONS = ("log.", "checkpoint.", "eval.", "parallel.")

@@ -15,7 +15,8 @@ from sleeptrain.checkpoint.manifest import CheckpointError
 from sleeptrain.checkpoint.saver import Saver
 from sleeptrain.config import Config
 from sleeptrain.data.batch import Batch
-from sleeptrain.data.stream import TrainStream
+from sleeptrain.data.mixture import Mixture, open_mixture
+from sleeptrain.data.stream import ORDER_BITS, TrainStream
 from sleeptrain.engine.evaluation import as_row, as_table, check_difficulties, evaluate
 from sleeptrain.engine.figures import draw_learning_curve
 from sleeptrain.engine.garbage import collected_between_steps
@@ -48,6 +49,8 @@ def train(config: Config, frozen_config: str) -> int:
     choose_device(config.run.device)
     task = make_task(config.task)
     check_difficulties(task, config.eval.difficulties)
+    data, length = config.data, config.sleep.window_tokens
+    mixture = open_mixture(data, task, config.run.seed, length) if data.shards else None
     folder = Path(config.run.dir)
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -60,7 +63,7 @@ def train(config: Config, frozen_config: str) -> int:
         _check_same_config(place, frozen_config)
         with RunLock(folder) if place.rank == 0 else nullcontext(), StopSignal() as stop:
             place.barrier()  # nobody works in the folder before the first has its lock
-            return Trainer(config, task, folder, frozen_config, place).run(stop)
+            return Trainer(config, task, folder, frozen_config, place, mixture).run(stop)
 
 
 def _check_same_config(place: Place, frozen_config: str) -> None:
@@ -74,7 +77,15 @@ def _check_same_config(place: Place, frozen_config: str) -> None:
 class Trainer:
     """One run in its folder: the backend, the data order and everything that a checkpoint holds."""
 
-    def __init__(self, config: Config, task: Task, folder: Path, frozen_config: str, place: Place) -> None:
+    def __init__(
+        self,
+        config: Config,
+        task: Task,
+        folder: Path,
+        frozen_config: str,
+        place: Place,
+        mixture: Mixture | None = None,
+    ) -> None:
         self.config, self.task, self.folder, self.place = config, task, folder, place
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # deterministic cuBLAS asks for it
         if config.run.num_threads:
@@ -91,6 +102,8 @@ class Trainer:
             config.sleep.window_tokens,
             place.replica,
             place.num_replicas,
+            mixture,
+            config.data.num_workers,
         )
         self.guard = SkipGuard(config.optim.max_skipped_steps)
         self.interval = Interval()
@@ -98,7 +111,8 @@ class Trainer:
         kept = (config.checkpoint.keep_last, config.checkpoint.keep_every_steps)
         self.saver = Saver(folder / "checkpoints", *kept, place.rank, place.world_size, place.barrier)
         self.step = 0
-        self.documents = {"config": to_dict(config), "data": self.task.fingerprint()}
+        data = task.fingerprint() | (mixture.fingerprint() if mixture else {})
+        self.documents = {"config": to_dict(config), "data": data}
         self._resume()
         if place.rank == 0:
             replace_file(folder / "config.yaml", frozen_config.encode())
@@ -116,6 +130,7 @@ class Trainer:
             metrics.sync()
         finally:
             self._warn(self.saver.close(), progress)
+            self.stream.close()
             progress.close()
             metrics.close()
         if self.step < num_steps:
@@ -151,7 +166,7 @@ class Trainer:
         """One optimizer step; returns the norms of S by pass on steps whose row is due."""
         config, step = self.config, self.step
         start = time.perf_counter()
-        batch = self.stream.batch(step)
+        batch = self.place.from_reader(lambda: self.stream.batch(step))
         self.interval.data_seconds += time.perf_counter() - start
         num_passes = num_passes_at(step, config.sleep, config.optim.num_steps, config.run.seed)
         traced = _due(step + 1, config.log.every_steps)
@@ -182,6 +197,7 @@ class Trainer:
             "train/step_seconds": interval.seconds / interval.num_steps,
             "train/data_seconds": interval.data_seconds / interval.num_steps,
             "train/memory_gib": peak_memory_gib(self.backend.device),
+            "train/sample_order": sum(state["order"] for state in self._data_states()) % 2**ORDER_BITS,
         }
         for n, (norm, update) in memory_norms.items():
             row[f"memory/norm/pass_{n}"], row[f"memory/update/pass_{n}"] = norm, update
@@ -237,9 +253,19 @@ class Trainer:
         if self.guard.in_a_row and self.step < self.config.optim.num_steps:
             return
         metrics.sync()
-        trainer = {"step": self.step, "guard": self.guard.state(), "interval": self.interval.state()}
+        trainer = {
+            "step": self.step,
+            "guard": self.guard.state(),
+            "interval": self.interval.state(),
+            "data": self._data_states(),
+        }
         self._warn(self.saver.wait(), progress)
         self.saver.save(self.step, self.backend.slices(), self.documents | {"trainer": trainer})
+
+    def _data_states(self) -> list[dict[str, Any]]:
+        """Of all replicas, in their order."""
+        own = self.stream.state() if self.place.reads_data else None
+        return [state for state in self.place.gathered(own) if state is not None]
 
     def _last_save(self, metrics: MetricsWriter | NoMetrics, progress: Progress) -> None:
         """Returns when the last step is on the disk. At the end of the run it raises CheckpointError if that
@@ -269,8 +295,10 @@ class Trainer:
                 f"{found.path} does not fit this run: {error}; choose another run.id"
             ) from error
         self.step = self.saver.committed_step = found.step
-        self.guard.load(found.documents["trainer"]["guard"])
-        self.interval.load(found.documents["trainer"]["interval"])
+        saved = found.documents["trainer"]
+        self.guard.load(saved["guard"])
+        self.interval.load(saved["interval"])
+        self.stream.load(saved["data"], self.step)
 
 
 def _due(step: int, every_steps: int) -> bool:

@@ -5,15 +5,17 @@ One process of plain torch imports neither megatron-core nor DeepSpeed.
 
 import os
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import torch
 
 from sleeptrain.config import Config
 from sleeptrain.parallel.backend import Backend, LocalBackend, choose_device, compute_dtype
 from sleeptrain.schema import ConfigError
+
+T = TypeVar("T")
 
 
 class Place(Protocol):
@@ -36,11 +38,22 @@ class Place(Protocol):
     def from_first(self, value: Any) -> Any:
         """The value that rank 0 gives (of plain Python), everywhere."""
 
+    def gathered(self, value: Any) -> list[Any]:
+        """What every process gives, by rank, everywhere."""
+
+    @property
+    def reads_data(self) -> bool:
+        """Whether this process is the one of its replica that reads the data."""
+
+    def from_reader(self, make: Callable[[], T]) -> T:
+        """What the process of this replica that reads data makes, in all of its processes."""
+
 
 class Alone:
     """The only process of the run."""
 
     rank, world_size, replica, num_replicas = 0, 1, 0, 1
+    reads_data = True
 
     def barrier(self) -> None:
         return None
@@ -50,6 +63,12 @@ class Alone:
 
     def from_first(self, value: Any) -> Any:
         return value
+
+    def gathered(self, value: Any) -> list[Any]:
+        return [value]
+
+    def from_reader(self, make: Callable[[], T]) -> T:
+        return make()
 
 
 def world_size_given() -> int:

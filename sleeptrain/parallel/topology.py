@@ -6,9 +6,10 @@ talk most are neighbours.
 """
 
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -18,13 +19,14 @@ from sleeptrain.config import ParallelConfig
 from sleeptrain.schema import ConfigError
 
 Group = dist.ProcessGroup
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
 class Topology:
     """This process among the others. ``model`` is the group over tensor and pipeline ranks; ``ends`` the
-    first and last stage of this pipeline, None in between; ``host`` all processes, for small tensors on
-    the CPU."""
+    first and last stage of this pipeline, None in between; ``host`` all processes and ``model_host`` those of
+    ``model``, for what is on the CPU."""
 
     device: torch.device
     tensor: Group
@@ -33,6 +35,7 @@ class Topology:
     model: Group
     ends: Group | None
     host: Group
+    model_host: Group
 
     @property
     def rank(self) -> int:
@@ -74,6 +77,24 @@ class Topology:
         dist.broadcast_object_list(told, src=0, group=self.host)
         return told[0]
 
+    def gathered(self, value: Any) -> list[Any]:
+        """What every process gives (of plain Python), by rank, everywhere."""
+        told = [None] * self.world_size
+        dist.all_gather_object(told, value, group=self.host)
+        return told
+
+    @property
+    def reads_data(self) -> bool:
+        """Whether this process is the one of its replica that reads the data."""
+        return self.model.rank() == 0
+
+    def from_reader(self, make: Callable[[], T]) -> T:
+        """What the process of this replica that reads data makes, in all of its processes."""
+        told = [make() if self.reads_data else None]
+        if self.model.size() > 1:
+            dist.broadcast_object_list(told, group=self.model_host, group_src=0)
+        return told[0]  # type: ignore[return-value]
+
 
 def join(config: ParallelConfig, device: torch.device, timeout_seconds: float = 600) -> Topology:
     """Meets the other processes and forms the groups; raises ConfigError when the degrees do not fit their
@@ -102,6 +123,7 @@ def join(config: ParallelConfig, device: torch.device, timeout_seconds: float = 
         distributed_timeout_minutes=max(1, round(timeout_seconds / 60)),
     )
     in_ends = parallel_state.is_rank_in_embedding_group(ignore_virtual=True)
+    host = dist.new_group(backend="gloo")
     return Topology(
         device=torch.device("cuda", torch.cuda.current_device()) if device.type == "cuda" else device,
         tensor=parallel_state.get_tensor_model_parallel_group(),
@@ -109,8 +131,17 @@ def join(config: ParallelConfig, device: torch.device, timeout_seconds: float = 
         data=parallel_state.get_data_parallel_group(),
         model=parallel_state.get_model_parallel_group(),
         ends=parallel_state.get_embedding_group() if in_ends else None,
-        host=dist.new_group(backend="gloo"),
+        host=host,
+        model_host=_over_gloo(parallel_state.get_model_parallel_group(), host),
     )
+
+
+def _over_gloo(group: Group, host: Group) -> Group:
+    """The same processes as ``group``. All processes call it, each with a group that it is in."""
+    found: list[list[int]] = [[]] * dist.get_world_size()
+    dist.all_gather_object(found, sorted(dist.get_process_group_ranks(group)), group=host)
+    groups = [list(ranks) for ranks in sorted({tuple(ranks) for ranks in found})]
+    return dist.new_subgroups_by_enumeration(groups, backend="gloo")[0]
 
 
 def leave() -> None:

@@ -1,0 +1,94 @@
+"""The sets of shards that a run reads, and in which shares; everything is checked before the first step."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from sleeptrain.config import DataConfig
+from sleeptrain.data.fetch import read_index
+from sleeptrain.data.index import Index, require_plain_url
+from sleeptrain.schema import ConfigError
+from sleeptrain.tasks.base import Task
+
+
+@dataclass(frozen=True)
+class Mixture:
+    """``num_streams`` logical streams draw from the sources ``urls`` by their ``shares``, which add up to 1.
+
+    A row has ``row_tokens``: one example, or documents packed from window borders on. ``cache`` is a folder
+    for copies of shards and its size in bytes.
+    """
+
+    urls: tuple[str, ...]
+    indexes: tuple[Index, ...]
+    shares: tuple[float, ...]
+    num_streams: int
+    seed: int
+    vocab_size: int
+    row_tokens: int
+    window_tokens: int
+    skips_bad_shards: bool
+    cache: tuple[Path, int] | None
+
+    @property
+    def is_packed(self) -> bool:
+        return self.indexes[0].kind == "documents"
+
+    def fingerprint(self) -> dict[str, str]:
+        """What the data is: a resumed run must find the same."""
+        return {f"shards_{i}_sha256": index.sha256 for i, index in enumerate(self.indexes)}
+
+
+def open_mixture(config: DataConfig, task: Task, seed: int, window_tokens: int) -> Mixture:
+    """Reads the indexes. Raises ConfigError where they do not belong to ``task`` or not together, ShardError
+    where one is damaged."""
+    for url in config.shards:
+        require_plain_url(url, "data.shards")
+    indexes = tuple(read_index(url) for url in config.shards)
+    for url, index in zip(config.shards, indexes):
+        _require_same_task(url, index, task)
+    if len({index.kind for index in indexes}) > 1:
+        raise ConfigError("data.shards mixes sets of examples with sets of documents; use one kind in a run")
+    length = window_tokens or task.sequence_tokens
+    if indexes[0].kind == "documents" and task.sequence_tokens % length:
+        raise ConfigError(
+            f"sleep.window_tokens={length} does not divide task.sequence_tokens={task.sequence_tokens}, and "
+            "documents are packed in whole windows; choose a divisor"
+        )
+    weights = config.weights or tuple(float(index.num_samples) for index in indexes)
+    return Mixture(
+        urls=config.shards,
+        indexes=indexes,
+        shares=tuple(weight / sum(weights) for weight in weights),
+        num_streams=config.streams,
+        seed=seed,
+        vocab_size=task.vocab_size,
+        row_tokens=task.sequence_tokens,
+        window_tokens=length,
+        skips_bad_shards=config.on_bad_shard == "skip",
+        cache=(Path(config.cache_dir), int(config.cache_gib * 2**30)) if config.cache_dir else None,
+    )
+
+
+def _require_same_task(url: str, index: Index, task: Task) -> None:
+    """The sets of a mixture may differ in difficulty and in seed, and not in what a token means."""
+    own = task.fingerprint()
+    expected = {
+        "task": own["name"],
+        "split": "train",
+        "vocab_size": task.vocab_size,
+        "tokenizer": own.get("tokenizer", ""),
+        "sequence_tokens": 0 if index.kind == "documents" else task.sequence_tokens,
+    }
+    found = {
+        "task": index.task.get("name"),
+        "split": index.split,
+        "vocab_size": index.vocab_size,
+        "tokenizer": index.task.get("tokenizer", ""),
+        "sequence_tokens": index.sequence_tokens,
+    }
+    differing = [f"{k} is {found[k]!r} and not {expected[k]!r}" for k in expected if found[k] != expected[k]]
+    if differing:
+        raise ConfigError(
+            f"data.shards holds {url}, which is not of this run's task: {', '.join(differing)}; choose other "
+            "shards or another task"
+        )
