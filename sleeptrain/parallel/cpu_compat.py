@@ -1,5 +1,5 @@
-"""What megatron-core and DeepSpeed need where there is no CUDA device; nothing of this is entered where
-there is.
+"""What megatron-core and DeepSpeed need of a run on the CPU, whatever else the machine has; nothing of this is
+entered on CUDA.
 
 First the official ways: a TorchFunctionMode for the schedules' ``device="cuda"``, a communicator of our
 own, a compatibility table of DeepSpeed. One function has to be patched, for sequence parallelism alone.
@@ -27,21 +27,23 @@ class _CudaMeansCpu(TorchFunctionMode):
 
 
 @contextmanager
-def cuda_means_cpu() -> Iterator[None]:
-    """Around calls of megatron-core that allocate on "cuda" or on the current CUDA device."""
-    if torch.cuda.is_available():
+def cuda_means_cpu(device: torch.device) -> Iterator[None]:
+    """Around calls of megatron-core that allocate on "cuda" or on the current CUDA device, where the run's
+    ``device`` is another."""
+    if device.type == "cuda":
         yield
         return
     with _CudaMeansCpu(), mock.patch("torch.cuda.current_device", return_value=torch.device("cpu")):
         yield
 
 
-def prepare_deepspeed() -> None:
-    """Before the first import of ``deepspeed``'s engine: without this it compiles a collective that
-    training does not use, for a minute, and fails where there is no compiler."""
+def prepare_deepspeed(device: torch.device) -> None:
+    """Before the first import of ``deepspeed``'s engine: without this it takes a GPU where it finds one, and
+    for a run on the CPU compiles a collective that training does not use, for a minute, and fails where there
+    is no compiler."""
     import os
 
-    if torch.cuda.is_available():
+    if device.type == "cuda":
         return
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
     import deepspeed.ops

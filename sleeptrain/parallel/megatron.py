@@ -142,15 +142,15 @@ class MegatronDeepspeedBackend:
             self._sum_over_ends([_gradient(h.parameter) for h in in_order], topology.ends)
 
     def _sum_over_ends(self, gradients: list[Tensor], ends: Group) -> None:
-        """Over the replicas, too, and first: what the two stages then hold is the same to the last bit,
-        and stays so in the sum of equal parts that follows. Else their copies of a weight would drift
-        apart."""
-        replicas = self.topology.data.size()
-        if replicas > 1:
+        """Over the replicas, too, and first. Of two summands there is one sum, so what the two stages then hold
+        is the same to the last bit; else their copies of a weight would drift apart. The first replica keeps
+        it and the others hold zeros: in the sum over replicas that follows no order can change a bit."""
+        if self.topology.data.size() > 1:
             all_reduce_flat(gradients, self.topology.data)
         all_reduce_flat(gradients, ends)
-        if gradients and replicas > 1:
-            torch._foreach_div_(gradients, replicas)
+        if self.topology.replica > 0:
+            for gradient in gradients:
+                gradient.zero_()
 
     def _mean_norms(self, trace: list[PassTrace], num_passes: int) -> dict[int, tuple[float, float]]:
         sums = torch.zeros(num_passes, 3, device=self.device)
@@ -173,7 +173,7 @@ class MegatronDeepspeedBackend:
         return autocast(self.config, self.device)
 
     def _compatible(self) -> AbstractContextManager:
-        return cuda_means_cpu() if self.config.parallel.sequence_parallel else nullcontext()
+        return cuda_means_cpu(self.device) if self.config.parallel.sequence_parallel else nullcontext()
 
 
 def _gradient(parameter: torch.nn.Parameter) -> Tensor:

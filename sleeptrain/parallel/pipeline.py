@@ -78,7 +78,7 @@ class Pipeline:
             "pg_collection": self.groups,
         }
         trips.message_tokens = tokens
-        with cuda_means_cpu():
+        with cuda_means_cpu(self.topology.device):
             if num_visits > 1:
                 schedules.forward_backward_pipelining_with_interleaving(**arguments)
             elif num_visits:
@@ -96,7 +96,7 @@ class Pipeline:
             pipeline_dtype=self.model.dtype,
             overlap_p2p_comm=is_interleaved,  # batched, both directions of two stages would mix
             batch_p2p_comm=not is_interleaved,
-            batch_p2p_sync=torch.cuda.is_available(),
+            batch_p2p_sync=self.topology.device.type == "cuda",
             deallocate_pipeline_outputs=False,
             calculate_per_token_loss=True,  # the schedule leaves the loss as it is
         )

@@ -268,7 +268,7 @@ def make_shards(model: SleepModel, held: list[Held], config: Config, topology: T
 
 
 def _engine(model: nn.Module, optimizer: ElementwiseStep, config: Config, topology: Topology) -> Any:
-    prepare_deepspeed()
+    prepare_deepspeed(topology.device)
     import deepspeed
 
     deepspeed.utils.logger.setLevel(logging.ERROR)  # it warns of every optimizer that it does not know

@@ -17,7 +17,7 @@ from sleeptrain.parallel.cpu_compat import prepare_deepspeed
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # of packages that the two can do without
-    prepare_deepspeed()
+    prepare_deepspeed(torch.device("cpu"))
     import deepspeed  # noqa: F401
 
     import sleeptrain.parallel.megatron  # noqa: F401

@@ -2,6 +2,8 @@
 copies of a weight that stay equal."""
 
 import math
+from itertools import permutations
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import pytest
@@ -9,6 +11,7 @@ import torch
 from ranks import run_ranks
 from runs import Piece, assembled, num_ranks, own_rows, rank_backend, weights_of
 from small import VOCAB, batch_of, config_of
+from torch import Tensor
 
 from sleeptrain.config import Config
 from sleeptrain.model.sleep import SleepModel
@@ -78,3 +81,26 @@ def test_first_and_last_stage_keep_equal_copies(zero_stage: int) -> None:
         first, *others = (piece.values for rank in ranks for piece in rank if piece.name == name)
         assert len(others) == 5
         assert all(torch.equal(first, other) for other in others)
+
+
+def sum_over_ends(config: Config) -> tuple[int, Tensor]:
+    """Replica and gradient of a rank that had drawn its own, of sizes far apart."""
+    topology = join(config.parallel, torch.device("cpu"))
+    draw = torch.Generator().manual_seed(topology.rank)
+    gradient = torch.randn(999, generator=draw) * 10 ** (4 * torch.rand(999, generator=draw) - 2)
+    assert topology.ends is not None
+    MegatronDeepspeedBackend._sum_over_ends(SimpleNamespace(topology=topology), [gradient], topology.ends)
+    return topology.replica, gradient
+
+
+@pytest.mark.parametrize("replicas", [1, 2, 3, 5])
+def test_what_the_ends_hold_has_one_sum_over_the_replicas_in_any_order(replicas: int) -> None:
+    """No library of collectives adds up otherwise than in some order, by twos."""
+    ranks = run_ranks(2 * replicas, sum_over_ends, config_of(pipeline=2, data=replicas))
+    by_end = [[g for r, g in sorted(end, key=lambda x: x[0])] for end in (ranks[:replicas], ranks[replicas:])]
+    truth = by_end[0][0]
+    assert truth.abs().min() > 0
+    for parts in by_end:
+        for a, b, *rest in permutations([*parts, torch.zeros(999)]):
+            assert torch.equal(sum(rest, a + b), truth)
+            assert torch.equal(a + sum(rest, b), truth)

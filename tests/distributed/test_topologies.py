@@ -165,6 +165,15 @@ def test_in_bfloat16_no_more_than_its_rounding_is_between_them(degrees: dict[str
 
 
 @pytest.mark.more
+def test_a_gpu_that_the_run_does_not_use_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    case = (TP2 | PP2, 2, TWO | {"sequence_parallel": True, "zero_stage": 0}, {})
+    assert wrong(case, num_steps=1) == set()
+    one_visit = (PP2, 1, TWO | {"window_tokens": 0, "zero_stage": 0}, {LOSSES: (0, 1, 2)})
+    assert wrong(one_visit, num_steps=1) == set()
+
+
+@pytest.mark.more
 @pytest.mark.parametrize(
     ("topology", "fault", "found"),
     [

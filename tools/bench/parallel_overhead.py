@@ -42,7 +42,7 @@ def main() -> None:
     measure.begin(["megatron-core", "deepspeed"])
     warnings.simplefilter("ignore")  # the libraries announce themselves at length
     logging.disable(logging.WARNING)
-    prepare_deepspeed()  # imports it once, before the processes are forked
+    prepare_deepspeed(CPU)  # imports it once, before the processes are forked
     times = launch(1, one_process, options)
     ratios = {
         name: measure.ratio(times[name], times["local"]) for name in ("parallel, ZeRO 0", "parallel, ZeRO 1")
