@@ -197,9 +197,7 @@ class _Source:
                     raise
                 print(f"warning: a shard is skipped: {error}", flush=True)
                 self.position = Position(now + 1)
-        raise ShardError(
-            f"{self.reader.url} has no shard that can be used, as far as stream {self.stream} goes"
-        )
+        raise ShardError(f"{self.reader.url} has no shard left that stream {self.stream} can use")
 
     def _fetch(self, shards: int) -> "Future[Shard]":
         return self.reader.fetch(self._place(shards)[1])
