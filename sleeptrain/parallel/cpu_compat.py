@@ -1,5 +1,5 @@
-"""What megatron-core and DeepSpeed need of a run on the CPU, whatever else the machine has; nothing of this is
-entered on CUDA.
+"""What megatron-core and DeepSpeed need for a run on the CPU, whatever else the machine has; nothing of this
+is entered on CUDA.
 
 First the official ways: a TorchFunctionMode for the schedules' ``device="cuda"``, a communicator of our
 own, a compatibility table of DeepSpeed. One function has to be patched, for sequence parallelism alone.

@@ -142,9 +142,9 @@ class MegatronDeepspeedBackend:
             self._sum_over_ends([_gradient(h.parameter) for h in in_order], topology.ends)
 
     def _sum_over_ends(self, gradients: list[Tensor], ends: Group) -> None:
-        """Over the replicas, too, and first. Of two summands there is one sum, so what the two stages then hold
-        is the same to the last bit; else their copies of a weight would drift apart. The first replica keeps
-        it and the others hold zeros: in the sum over replicas that follows no order can change a bit."""
+        """Over the replicas, too, and first. Two summands have one sum, so what the two stages then hold is
+        the same to the last bit; else their copies of a weight would drift apart. The first replica keeps it
+        and the others hold zeros: in the sum over replicas that follows no order can change a bit."""
         if self.topology.data.size() > 1:
             all_reduce_flat(gradients, self.topology.data)
         all_reduce_flat(gradients, ends)
