@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 from ranks import TIMEOUT_SECONDS
 
-from sleeptrain.data.stream import TrainStream
+from sleeptrain.engine.trainer import Trainer
 from sleeptrain.pretrain import main
 
 SMALL = ["optim.num_steps=4", "eval.num_examples=4", "data.batch_sequences=8", "log.every_steps=1"]
@@ -48,14 +48,14 @@ def log_of(folder: Path, rank: int) -> str:
 
 
 def fail_on_rank_1() -> None:
-    batch_of = TrainStream.batch
+    train_step = Trainer.train_step
 
-    def batch(stream: TrainStream, step: int):
-        if step == 2 and os.environ["RANK"] == "1":
+    def step(trainer: Trainer):
+        if trainer.step == 2 and os.environ["RANK"] == "1":
             raise OSError("the disk of this node is gone")
-        return batch_of(stream, step)
+        return train_step(trainer)
 
-    TrainStream.batch = batch
+    Trainer.train_step = step
 
 
 def hang_on_rank_0_fail_on_rank_1() -> None:
