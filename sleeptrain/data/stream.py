@@ -65,6 +65,11 @@ class TrainStream:
     def batch(self, step: int) -> Batch:
         """Raises RunError when the data cannot be read."""
         if step != self._step:
+            expected = self._step or 0
+            if self.mixture and step != expected:
+                raise ValueError(
+                    f"batches of shards come one after the other: expected {expected}, got {step}"
+                )
             self._start(step)
         made = [next(part) for part in self._parts]
         rows = join([rows for rows, _ in made])
@@ -104,8 +109,6 @@ class TrainStream:
         return np.arange(self.streams.start * self.rows_per_stream, self.streams.stop * self.rows_per_stream)
 
     def _start(self, step: int) -> None:
-        if self.mixture and self._step is not None and self._parts:
-            raise ValueError(f"batches of shards come one after the other: expected {self._step}, got {step}")
         self.close()
         makers = [
             self._maker(part, step)
