@@ -414,14 +414,19 @@ class OptimConfig:
     warmup_steps: int = setting(50, "steps over which the learning rate rises from 0")
     decay_fraction: float = setting(0.3, "last part of the run over which it falls linearly to 0")
     clip_norm: float = setting(1.0, "largest global gradient norm; 0: no clipping")
+    spike_factor: float = setting(
+        50.0,
+        "skip an update whose gradient norm is above this many times the usual one: the median of the last "
+        "100, or clip_norm where that is larger; 0: never",
+    )
     max_skipped_steps: int = setting(
-        10, "stop after this many updates in a row with a non-finite loss or gradient"
+        10, "stop after this many skipped updates in a row: their loss or gradient not finite, or a spike"
     )
 
     def __post_init__(self) -> None:
         _require_positive("optim", self, ("num_steps", "max_skipped_steps"))
         rates = ("muon_lr", "adamw_lr", "weight_decay", "warmup_steps", "clip_norm", "muon_steps")
-        _require_in("optim", self, rates, 0)
+        _require_in("optim", self, (*rates, "spike_factor"), 0)
         _require_in("optim", self, ("muon_momentum", "adamw_beta1", "adamw_beta2", "decay_fraction"), 0, 1)
 
 

@@ -1,4 +1,4 @@
-"""What lets a run stop at any moment and go on: one owner per folder, polite stops, a limit to skips."""
+"""What lets a run stop at any moment and go on: one owner per folder, polite stops."""
 
 import fcntl
 import json
@@ -10,7 +10,7 @@ from types import FrameType
 from typing import Any
 
 from sleeptrain.checkpoint.durable import replace_file
-from sleeptrain.schema import ConfigError, RunError
+from sleeptrain.schema import ConfigError
 
 EXIT_CONFIG = 2  # a setting or an input is wrong: trying again cannot help
 EXIT_REQUEUE = 75  # EX_TEMPFAIL of sysexits.h: stopped by a signal, saved; the SLURM scripts requeue on it
@@ -18,10 +18,6 @@ EXIT_REQUEUE = 75  # EX_TEMPFAIL of sysexits.h: stopped by a signal, saved; the 
 
 class RunLockedError(ConfigError):
     """Another process is working in the run folder."""
-
-
-class NonFiniteError(RunError):
-    """Too many updates in a row had a loss or gradient that is not finite."""
 
 
 class RunLock:
@@ -89,34 +85,6 @@ class StopSignal:
             raise KeyboardInterrupt
         self._interrupted = self._interrupted or number == signal.SIGINT
         self.requested = self.requested or signal.Signals(number).name
-
-
-class SkipGuard:
-    """Counts the updates that were skipped because of a non-finite loss or gradient."""
-
-    def __init__(self, max_skipped_steps: int) -> None:
-        self.max_skipped_steps = max_skipped_steps
-        self.total = 0
-        self.in_a_row = 0
-
-    def record(self, skipped: bool) -> None:
-        """Counts one update; raises NonFiniteError at ``max_skipped_steps`` skipped ones in a row."""
-        self.total += skipped
-        self.in_a_row = self.in_a_row + 1 if skipped else 0
-        if self.in_a_row >= self.max_skipped_steps:
-            raise NonFiniteError(
-                f"{self.in_a_row} updates in a row were skipped: their loss or gradient was not finite; "
-                "lower optim.muon_lr and optim.adamw_lr, lengthen optim.warmup_steps or use float32, and go "
-                "on from the last checkpoint with run.allow_config_change=true"
-            )
-
-    def state(self) -> dict[str, int]:
-        """The two counts, for the checkpoint."""
-        return {"total": self.total, "in_a_row": self.in_a_row}
-
-    def load(self, state: dict[str, int]) -> None:
-        """Takes over the counts that ``state`` returned."""
-        self.total, self.in_a_row = state["total"], state["in_a_row"]
 
 
 def cut_metrics(path: Path, step: int) -> None:

@@ -20,6 +20,7 @@ from sleeptrain.data.stream import ORDER_BITS, TrainStream
 from sleeptrain.engine.evaluation import as_row, as_table, check_difficulties, evaluate
 from sleeptrain.engine.figures import draw_learning_curve
 from sleeptrain.engine.garbage import collected_between_steps
+from sleeptrain.engine.guard import SkipGuard
 from sleeptrain.engine.interval import Interval, Work
 from sleeptrain.engine.logs import rank_log
 from sleeptrain.engine.metrics import (
@@ -31,7 +32,7 @@ from sleeptrain.engine.metrics import (
     read_metrics,
 )
 from sleeptrain.engine.progress import Progress
-from sleeptrain.engine.resilience import EXIT_REQUEUE, RunLock, SkipGuard, StopSignal, cut_metrics
+from sleeptrain.engine.resilience import EXIT_REQUEUE, RunLock, StopSignal, cut_metrics
 from sleeptrain.engine.resume import newest_checkpoint, require_same_run
 from sleeptrain.model.flops import peak_flops, training_flops
 from sleeptrain.model.visits import cut, plan
@@ -105,7 +106,7 @@ class Trainer:
             mixture,
             config.data.num_workers,
         )
-        self.guard = SkipGuard(config.optim.max_skipped_steps)
+        self.guard = SkipGuard(config.optim)
         self.interval = Interval()
         self.works: dict[tuple[int, tuple[bool, ...]], Work] = {}
         kept = (config.checkpoint.keep_last, config.checkpoint.keep_every_steps)
@@ -148,7 +149,7 @@ class Trainer:
         config, num_steps = self.config, self.config.optim.num_steps
         with collected_between_steps() as collect:
             while self.step < num_steps and not self.place.any(bool(stop.requested)):
-                memory_norms = self.train_step()
+                memory_norms = self.train_step(progress)
                 figures = None
                 if _due(self.step, config.log.every_steps):
                     row = self._training_row(memory_norms)
@@ -162,7 +163,7 @@ class Trainer:
                 self._warn(self.saver.result(), progress)
                 collect(self.step)
 
-    def train_step(self) -> dict[int, tuple[float, float]]:
+    def train_step(self, progress: Progress) -> dict[int, tuple[float, float]]:
         """One optimizer step; returns the norms of S by pass on steps whose row is due."""
         config, step = self.config, self.step
         start = time.perf_counter()
@@ -172,8 +173,11 @@ class Trainer:
         traced = _due(step + 1, config.log.every_steps)
         result = self.backend.forward_backward(batch, num_passes, traced)
         factor = lr_factor(step, config.optim)
-        update = self.backend.step(factor, result.loss)
-        self.guard.record(skipped=not update.applied)
+        update = self.backend.step(factor, result.loss, self.guard.max_norm)
+        warning = self.guard.record(step + 1, update)
+        if warning:
+            progress.line(warning)
+            self.guard.check()
         loss = update.loss if update.applied else None
         self.interval.add(loss, update.grad_norm, num_passes, factor, self._work(batch, num_passes))
         self.interval.seconds += time.perf_counter() - start

@@ -28,7 +28,7 @@ class StepResult(NamedTuple):
 
 class UpdateResult(NamedTuple):
     """Loss, global gradient norm before clipping, and whether the update was made: not if one of them is not
-    finite."""
+    finite, or the norm above the limit."""
 
     loss: float
     grad_norm: float
@@ -41,7 +41,7 @@ class Backend(Protocol):
     device: torch.device
 
     def forward_backward(self, batch: Batch, num_passes: int, traced: bool = False) -> StepResult: ...
-    def step(self, lr_factor: float, loss: Tensor) -> UpdateResult: ...
+    def step(self, lr_factor: float, loss: Tensor, max_norm: float = math.inf) -> UpdateResult: ...
     def evaluate(self, batch: Batch, num_passes: int) -> Output: ...
     def slices(self) -> dict[str, list[Slice]]: ...
     def load(self, checkpoint: "Checkpoint") -> None: ...
@@ -69,14 +69,14 @@ class LocalBackend:
             loss += part_loss.detach()
         return StepResult(loss, mean_norms(trace))
 
-    def step(self, lr_factor: float, loss: Tensor) -> UpdateResult:
+    def step(self, lr_factor: float, loss: Tensor, max_norm: float = math.inf) -> UpdateResult:
         """Clips, updates, clears the gradients; leaves weights and optimizer untouched when loss or norm is
-        not finite."""
+        not finite, or the norm above ``max_norm``."""
         parameters = [p for p in self.model.parameters() if p.grad is not None]
         gradients = [p.grad for p in parameters if p.grad is not None]
         norm = torch.nn.utils.get_total_norm(gradients)
         loss_value, grad_norm = torch.stack([loss, norm]).tolist()  # the one wait for the device in a step
-        applied = math.isfinite(loss_value) and math.isfinite(grad_norm)
+        applied = math.isfinite(loss_value) and math.isfinite(grad_norm) and grad_norm <= max_norm
         if applied:
             if self.config.optim.clip_norm:
                 torch.nn.utils.clip_grads_with_norm_(parameters, self.config.optim.clip_norm, norm)

@@ -4,6 +4,7 @@ optimizer step.
 It gives the losses and gradients of one process, in another order of sums.
 """
 
+import math
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 
@@ -57,8 +58,8 @@ class MegatronDeepspeedBackend:
         loss = nll / num_targets if speaks else torch.zeros_like(nll)
         return StepResult(loss, self._mean_norms(trace, num_passes) if traced else {})
 
-    def step(self, lr_factor: float, loss: Tensor) -> UpdateResult:
-        return self.update.step(lr_factor, loss)
+    def step(self, lr_factor: float, loss: Tensor, max_norm: float = math.inf) -> UpdateResult:
+        return self.update.step(lr_factor, loss, max_norm)
 
     @torch.no_grad()
     def evaluate(self, batch: Batch, num_passes: int) -> Output:

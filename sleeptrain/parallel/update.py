@@ -29,6 +29,8 @@ class ShardedUpdate:
         self.shards, self.config, self.topology = shards, config, topology
         self.is_replicated = isinstance(shards, Replicated)
         self.num_updates = 0
+        counted = [float(self.is_counted(f.held)) for f in shards.fragments]
+        self.counted = torch.tensor(counted, dtype=torch.float64, device=topology.device)
         self.groups = _by_shape([h for h in held if is_muon(h.name, h.shape)])
         self.momenta = {
             i: torch.zeros_like(f.weight)
@@ -36,8 +38,9 @@ class ShardedUpdate:
             if is_muon(f.held.name, f.held.shape)
         }
 
-    def step(self, lr_factor: float, loss_part: Tensor) -> UpdateResult:
-        """Clips and updates; leaves weights and moments as they are when loss or norm is not finite.
+    def step(self, lr_factor: float, loss_part: Tensor, max_norm: float = math.inf) -> UpdateResult:
+        """Clips and updates; leaves weights and moments as they are when loss or norm is not finite, or the
+        norm above ``max_norm``, which is the same in all processes.
 
         ``loss_part`` is this process's part of the loss: over all processes they add up to it.
         """
@@ -46,7 +49,7 @@ class ShardedUpdate:
         dist.all_reduce(told)
         loss, squared_norm = told.tolist()  # the one wait for the device in a step
         grad_norm = math.sqrt(squared_norm) if squared_norm >= 0 else math.nan
-        applied = math.isfinite(loss) and math.isfinite(grad_norm)
+        applied = math.isfinite(loss) and math.isfinite(grad_norm) and grad_norm <= max_norm
         if not applied:
             self.shards.discard()
             return UpdateResult(loss, grad_norm, applied)
@@ -88,14 +91,12 @@ class ShardedUpdate:
         return {key: self.shards.moment(fragment, key) for key in ADAMW_STATE}
 
     def _squared_norm(self, gradients: list[Tensor]) -> Tensor:
-        counted = [g for g, f in zip(gradients, self.shards.fragments) if self.is_counted(f.held)]
-        norms = [norm.double().square() for norm in torch._foreach_norm(counted)] if counted else []
-        device = self.topology.device
-        return (
-            torch.stack([n.to(device) for n in norms]).sum()
-            if norms
-            else torch.zeros((), device=device).double()
-        )
+        """Of what is counted here; NaN also where another copy is not finite: no process may update with
+        it."""
+        if not gradients:
+            return torch.zeros_like(self.counted).sum()
+        norms = torch.stack(torch._foreach_norm(gradients)).to(self.counted)
+        return (norms.square() * self.counted).sum()  # inf * 0 is NaN
 
     def is_counted(self, held: Held) -> bool:
         """Whether this process is the one that speaks for what it holds of a weight."""

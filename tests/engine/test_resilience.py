@@ -6,10 +6,8 @@ import socket
 import pytest
 
 from sleeptrain.engine.resilience import (
-    NonFiniteError,
     RunLock,
     RunLockedError,
-    SkipGuard,
     StopSignal,
     cut_metrics,
 )
@@ -86,20 +84,6 @@ def test_the_second_interrupt_stops_at_once():
         assert stop.requested == "SIGTERM"
         with pytest.raises(KeyboardInterrupt):
             signal.raise_signal(signal.SIGINT)
-
-
-def test_skips_in_a_row_end_the_run_and_scattered_ones_do_not():
-    guard = SkipGuard(3)
-    for skipped in (True, True, False) * 4:
-        guard.record(skipped)
-    assert (guard.total, guard.in_a_row) == (8, 0)
-    guard.record(True)
-    guard.record(True)
-    resumed = SkipGuard(3)
-    resumed.load(json.loads(json.dumps(guard.state())))
-    with pytest.raises(NonFiniteError, match=r"3 updates in a row .* optim\.warmup_steps"):
-        resumed.record(True)
-    assert (resumed.total, resumed.in_a_row) == (11, 3)
 
 
 ROWS = [
