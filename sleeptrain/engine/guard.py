@@ -26,6 +26,7 @@ class SkipGuard:
         self.total = 0
         self.in_a_row = 0
         self.norms: deque[float] = deque(maxlen=HISTORY_UPDATES)
+        self.warning: str | None = None  # where the last update was refused
 
     @property
     def max_norm(self) -> float:
@@ -35,15 +36,16 @@ class SkipGuard:
         usual = max(median(self.norms), self.config.clip_norm)
         return self.config.spike_factor * usual or math.inf  # gradients may have been zero so far
 
-    def record(self, step: int, update: UpdateResult) -> str | None:
-        """Counts the update of ``step``; what to warn of where it was refused."""
+    def record(self, step: int, update: UpdateResult) -> None:
+        """Counts the update of ``step``."""
         if update.applied:
             self.in_a_row = 0
             self.norms.append(update.grad_norm)
-            return None
+            self.warning = None
+            return
         self.total += 1
         self.in_a_row += 1
-        return (
+        self.warning = (
             f"warning: the update of step {step} is skipped: its loss is {update.loss:.4g}, its gradient "
             f"norm {update.grad_norm:.4g}, and {self.max_norm:.4g} is the limit; {self.in_a_row} in a row, "
             f"{self.config.max_skipped_steps} end the run"

@@ -149,7 +149,10 @@ class Trainer:
         config, num_steps = self.config, self.config.optim.num_steps
         with collected_between_steps() as collect:
             while self.step < num_steps and not self.place.any(bool(stop.requested)):
-                memory_norms = self.train_step(progress)
+                memory_norms = self.train_step()
+                if self.guard.warning:
+                    progress.line(self.guard.warning)
+                    self.guard.check()
                 figures = None
                 if _due(self.step, config.log.every_steps):
                     row = self._training_row(memory_norms)
@@ -163,7 +166,7 @@ class Trainer:
                 self._warn(self.saver.result(), progress)
                 collect(self.step)
 
-    def train_step(self, progress: Progress) -> dict[int, tuple[float, float]]:
+    def train_step(self) -> dict[int, tuple[float, float]]:
         """One optimizer step; returns the norms of S by pass on steps whose row is due."""
         config, step = self.config, self.step
         start = time.perf_counter()
@@ -174,10 +177,7 @@ class Trainer:
         result = self.backend.forward_backward(batch, num_passes, traced)
         factor = lr_factor(step, config.optim)
         update = self.backend.step(factor, result.loss, self.guard.max_norm)
-        warning = self.guard.record(step + 1, update)
-        if warning:
-            progress.line(warning)
-            self.guard.check()
+        self.guard.record(step + 1, update)
         loss = update.loss if update.applied else None
         self.interval.add(loss, update.grad_norm, num_passes, factor, self._work(batch, num_passes))
         self.interval.seconds += time.perf_counter() - start
