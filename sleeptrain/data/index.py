@@ -5,7 +5,8 @@ A set is a folder, local or behind any URL that fsspec opens:
     index.json           this
     depo-000000.tar ...  the shards: see ``shards.py``
 
-Index and shards may come from anywhere: what is read here is checked before it is used.
+Index and shards may come from anywhere: what is read here is checked before it is used. The bounds below keep
+what a hostile index can make its reader allocate under 100 MB.
 """
 
 import hashlib
@@ -20,9 +21,13 @@ from sleeptrain.schema import ConfigError, RunError
 
 FILE = "index.json"
 FORMAT = "sleeptrain shards 1"
-MAX_INDEX_BYTES = 256 * 2**20
+MAX_INDEX_BYTES = 8 * 2**20  # about 50 000 shards
 MAX_SHARD_BYTES = 4 * 2**30
-_SHARD_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_-]*-[0-9]{6}\.tar")
+MIN_SAMPLE_BYTES = 4 * 512  # two members of a tar file
+_LEAST_BYTES_PER_VALUE = 16  # the values of a real index take more each
+_MAX_TOKENS = 2**31
+_SHARD_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_-]{,63}-[0-9]{6}\.tar")
+_PLAIN_TYPES = (str, int, float, bool, type(None))
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 
 Kind = Literal["examples", "documents"]
@@ -45,7 +50,7 @@ class ShardEntry(NamedTuple):
 @dataclass(frozen=True)
 class Index:
     """``examples`` have ``sequence_tokens`` each and their own targets; ``documents`` (0) are token ids, each
-    of any length, to be packed. ``task`` is the fingerprint of the task that they came from."""
+    of any length, to be packed. ``task`` is the fingerprint of the task that they came from, and the seed."""
 
     kind: Kind
     split: str
@@ -85,6 +90,7 @@ def _plain(index: Index) -> dict[str, Any]:
 def parse_index(data: bytes, where: str) -> Index:
     """Raises ShardError unless it is an index of this format, whole and plain."""
     try:
+        _require_few_values(data)
         values = json.loads(data)
         if values.pop("format") != FORMAT:
             raise ShardError(f"{where} is not of the format '{FORMAT}'; make the shards again")
@@ -97,17 +103,33 @@ def parse_index(data: bytes, where: str) -> Index:
     return index
 
 
+def _require_few_values(data: bytes) -> None:
+    """JSON of a few MB can become hundreds of MB of empty lists."""
+    num_values = sum(map(data.count, (b",", b"[", b"{")))
+    if len(data) > MAX_INDEX_BYTES or num_values > 64 + len(data) // _LEAST_BYTES_PER_VALUE:
+        raise ValueError(f"{num_values} values in {len(data)} bytes are too many")
+
+
 def _require_types(index: Index) -> None:
     numbers = [index.sequence_tokens, index.vocab_size]
     numbers += [n for shard in index.shards for n in (shard.samples, shard.tokens, shard.bytes)]
-    texts = [index.split, index.tokenizer_sha256, index.code_version]
+    texts = [index.tokenizer_sha256, index.code_version]
     texts += [text for shard in index.shards for text in (shard.name, shard.sha256)]
     if any(type(n) is not int or n < 0 for n in numbers):
         raise ValueError("a size is not a whole number")
     if any(type(text) is not str for text in texts) or type(index.task) is not dict:
         raise ValueError("a value is of the wrong type")
-    if index.kind not in ("examples", "documents"):
-        raise ValueError(f"kind {index.kind!r} is unknown")
+    if not all(map(_is_plain, index.task.values())):
+        raise ValueError("a value of task is nested")
+    if index.kind not in ("examples", "documents") or index.split not in ("train", "validation", "test"):
+        raise ValueError(f"kind {index.kind!r} of split {index.split!r} is unknown")
+    if max(index.sequence_tokens, index.vocab_size) > _MAX_TOKENS:
+        raise ValueError("sequence_tokens or vocab_size is too large")
+
+
+def _is_plain(value: Any) -> bool:
+    """A number or a text, or a list of them."""
+    return all(type(v) in _PLAIN_TYPES for v in (value if type(value) is list else [value]))
 
 
 def _require_plain(shards: Sequence[ShardEntry], where: str) -> None:
@@ -115,13 +137,18 @@ def _require_plain(shards: Sequence[ShardEntry], where: str) -> None:
         raise ShardError(f"{where} names no shard; make the shards again")
     for shard in shards:
         if not _SHARD_NAME.fullmatch(shard.name):
-            raise ShardError(f"{where} names a shard {shard.name!r}; plain names end in -000000.tar")
+            raise ShardError(f"{where} names a shard {shard.name[:100]!r}; plain names end in -000000.tar")
         if not _SHA256.fullmatch(shard.sha256):
             raise ShardError(f"{where} gives {shard.name} no SHA-256")
-        if not shard.samples or shard.bytes % 512 or not 0 < shard.bytes <= MAX_SHARD_BYTES:
+        if shard.bytes % 512 or not 0 < shard.bytes <= MAX_SHARD_BYTES:
             raise ShardError(
-                f"{where} gives {shard.name} {shard.samples} samples in {shard.bytes} bytes; a shard has at "
-                f"least one sample and at most {MAX_SHARD_BYTES} bytes"
+                f"{where} gives {shard.name} {shard.bytes} bytes; a shard is a tar file of at most "
+                f"{MAX_SHARD_BYTES}"
+            )
+        if not 0 < shard.samples <= shard.bytes // MIN_SAMPLE_BYTES or shard.tokens > shard.bytes:
+            raise ShardError(
+                f"{where} gives {shard.name} {shard.samples} samples with {shard.tokens} tokens in "
+                f"{shard.bytes} bytes, which cannot be"
             )
     if len({shard.name for shard in shards}) < len(shards):
         raise ShardError(f"{where} names a shard twice")
@@ -129,9 +156,12 @@ def _require_plain(shards: Sequence[ShardEntry], where: str) -> None:
 
 def require_plain_url(url: str, setting: str) -> None:
     """Raises ConfigError for a URL that holds a secret, or that would run a command."""
-    parts = urlsplit(url)
     if url.strip().startswith("pipe:") or "::" in url:
         raise ConfigError(f"{setting} holds a chained or pipe URL, which could run commands; give a folder")
+    try:
+        parts = urlsplit(url)
+    except ValueError as error:
+        raise ConfigError(f"{setting} holds {url!r}, which is no URL ({error}); give a folder") from error
     if parts.username or parts.password or parts.query:
         raise ConfigError(
             f"{setting} holds a URL with a name, password or query in it, which would end up in config.yaml; "

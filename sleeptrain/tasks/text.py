@@ -24,9 +24,11 @@ Tokens = npt.NDArray[np.uint16] | npt.NDArray[np.uint32]
 
 
 class Document(NamedTuple):
-    """A file and the SHA-256 of its bytes, which decides its split and its place there."""
+    """A file, named by where it is below the folder, and the SHA-256 of its bytes, which decides its split
+    and its place there."""
 
     path: Path
+    name: str
     num_bytes: int
     sha256: str
 
@@ -153,6 +155,24 @@ class Text(Task):
             "tokenizer": self._tokenizer.sha256 or self.config.tokenizer,
         }
 
+    @property
+    def tokenizer_sha256(self) -> str:
+        """Of the tokenizer.json; empty for bytes."""
+        return self._tokenizer.sha256
+
+    def documents(self, split: Split) -> list[Document]:
+        """In an order that depends on their bytes alone."""
+        return self._documents[split]
+
+    def read(self, document: Document) -> Tokens:
+        """The ids of a document, without an end; raises ConfigError if its file changed since."""
+        text = document.path.read_bytes()
+        if hashlib.sha256(text).hexdigest() != document.sha256:
+            raise ConfigError(
+                f"task.folder={self.config.folder}: {document.name} changed while it was in use; start again"
+            )
+        return _narrow(self._tokenizer.encode(text), self.vocab_size)
+
     def marks(self, split: Split) -> dict[str, float]:
         """What ``gzip -9`` needs for the files of a split, each on its own."""
         texts = [d.path.read_bytes() for d in self._documents[split]]
@@ -199,8 +219,12 @@ class Text(Task):
 def join_documents(texts: list[bytes], tokenizer: ByteTokenizer | FileTokenizer) -> Tokens:
     """The ids of all texts in one array, each text followed by the end-of-document id."""
     end = len(tokenizer.bytes_per_id) - 1
-    dtype = np.uint16 if end < 2**16 else np.uint32  # a quarter of int64: corpora stay in memory
-    return np.concatenate([np.append(tokenizer.encode(text), end).astype(dtype) for text in texts])
+    return np.concatenate([_narrow(np.append(tokenizer.encode(text), end), end + 1) for text in texts])
+
+
+def _narrow(ids: Ints, vocab_size: int) -> Tokens:
+    """In a quarter or half of the bytes, so that corpora stay in memory."""
+    return ids.astype(np.uint16) if vocab_size <= 2**16 else ids.astype(np.uint32)
 
 
 def crop(tokens: Tokens, starts: Ints, num_tokens: int) -> tuple[Ints, Ints]:
@@ -222,7 +246,8 @@ def _find_documents(config: TextConfig) -> dict[Split, list[Document]]:
         text = path.read_bytes() if path.name.endswith(suffixes) else b""
         if text:
             sha256 = hashlib.sha256(text).hexdigest()
-            by_hash.setdefault(sha256, Document(path, len(text), sha256))
+            name = path.relative_to(folder).as_posix()
+            by_hash.setdefault(sha256, Document(path, name, len(text), sha256))
     if not by_hash:
         raise ConfigError(
             f"task.folder={config.folder} holds no file with text that ends in {', '.join(suffixes)}; "
