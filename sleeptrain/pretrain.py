@@ -43,19 +43,22 @@ def main(arguments: list[str]) -> int:
     try:
         config = compose_config(arguments)
         if config.dry_run:
+            from sleeptrain.data.mixture import open_mixture
             from sleeptrain.engine.evaluation import check_difficulties
             from sleeptrain.engine.plan_report import plan_report
             from sleeptrain.tasks import make_task
 
             task = make_task(config.task)
             check_difficulties(task, config.eval.difficulties)
-            print(plan_report(config, task))
+            print(plan_report(config, task, open_mixture(config, task)))
             return 0
         from sleeptrain.engine.trainer import train
 
         return train(config, OmegaConf.to_yaml(OmegaConf.create(to_dict(config))))
     except ConfigError as error:
-        print(f"error: {error}", file=sys.stderr)
+        from sleeptrain.parallel.speaker import say
+
+        say(f"error: {error}")
         return EXIT_CONFIG
     except RunError as error:
         print(f"error: {error}", file=sys.stderr)

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-from sleeptrain.config import DataConfig
+from sleeptrain.config import Config
 from sleeptrain.data.fetch import read_index
 from sleeptrain.data.index import Index, require_plain_url
 from sleeptrain.schema import ConfigError
@@ -38,9 +38,12 @@ class Mixture:
         return {f"shards_{i}_sha256": index.sha256 for i, index in enumerate(self.indexes)}
 
 
-def open_mixture(config: DataConfig, task: Task, seed: int, window_tokens: int) -> Mixture:
-    """Reads the indexes. Raises ConfigError where they do not belong to ``task`` or not together, ShardError
-    where one is damaged."""
+def open_mixture(run: Config, task: Task) -> Mixture | None:
+    """Reads the indexes of ``data.shards``, None without any. Raises ConfigError where they do not belong to
+    ``task`` or not together, ShardError where one is damaged."""
+    config = run.data
+    if not config.shards:
+        return None
     for url in config.shards:
         require_plain_url(url, "data.shards")
     indexes = tuple(read_index(url) for url in config.shards)
@@ -48,7 +51,7 @@ def open_mixture(config: DataConfig, task: Task, seed: int, window_tokens: int) 
         _require_same_task(url, index, task)
     if len({index.kind for index in indexes}) > 1:
         raise ConfigError("data.shards mixes sets of examples with sets of documents; use one kind in a run")
-    length = window_tokens or task.sequence_tokens
+    length = run.window_tokens
     if indexes[0].kind == "documents" and task.sequence_tokens % length:
         raise ConfigError(
             f"sleep.window_tokens={length} does not divide task.sequence_tokens={task.sequence_tokens}, and "
@@ -60,7 +63,7 @@ def open_mixture(config: DataConfig, task: Task, seed: int, window_tokens: int) 
         indexes=indexes,
         shares=tuple(weight / sum(weights) for weight in weights),
         num_streams=config.streams,
-        seed=seed,
+        seed=run.run.seed,
         vocab_size=task.vocab_size,
         row_tokens=task.sequence_tokens,
         window_tokens=length,

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from itertools import groupby
 
 from sleeptrain.config import Config
+from sleeptrain.data.mixture import Mixture
 from sleeptrain.data.stream import TrainStream
 from sleeptrain.model import flops
 from sleeptrain.model.visits import Visit, Window, cut, plan, segments_of
@@ -15,8 +16,9 @@ from sleeptrain.parallel.layout import Share, blocks_of_stage, model_of_rank, ra
 from sleeptrain.tasks import Task
 
 
-def plan_report(config: Config, task: Task) -> str:
-    """Parameters, windows, visits at the training N, cost over N, memory, schedules: text under 100 columns.
+def plan_report(config: Config, task: Task, mixture: Mixture | None = None) -> str:
+    """Data, parameters, windows, visits at the training N, cost over N, memory, schedules: text under 100
+    columns.
 
     The window plan is that of the run's first batch; a pad counts as a token.
     """
@@ -28,6 +30,7 @@ def plan_report(config: Config, task: Task) -> str:
     windows = cut(task.sequence_tokens, config.sleep.window_tokens, has_loss)
     vocab_size, parallel = config.model.rounded_vocab(task.vocab_size), config.parallel
     sections = [
+        *([_sources(config, mixture)] if mixture else []),
         _parameters(config, vocab_size),
         _windows(config, windows),
         _costs(config, windows, vocab_size),
@@ -105,6 +108,21 @@ def _table(rows: list[list[str]], num_left: int = 1) -> list[str]:
         ).rstrip()
         for row in rows
     ]
+
+
+def _sources(config: Config, mixture: Mixture) -> list[str]:
+    """How often the run reads each source; pads between packed documents are not counted."""
+    drawn = float(config.optim.num_steps * config.data.batch_sequences)
+    sources = list(zip(mixture.urls, mixture.indexes, mixture.shares))
+    if mixture.is_packed:
+        mean_tokens = sum(share * index.num_tokens / index.num_samples for _, index, share in sources)
+        drawn *= mixture.row_tokens / mean_tokens
+    rows = [["source", "shards", "samples", "tokens", "share", "epochs of the run"]]
+    for url, index, share in sources:
+        sizes = (len(index.shards), index.num_samples, index.num_tokens)
+        rows.append([url, *map(human, sizes), f"{share:.1%}", f"{share * drawn / index.num_samples:.3g}"])
+    kind = "documents, packed from window borders on" if mixture.is_packed else "examples"
+    return [f"data: {kind}, by {mixture.num_streams} streams", *_table(rows)]
 
 
 def _parameters(config: Config, vocab_size: int) -> list[str]:

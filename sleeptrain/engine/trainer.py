@@ -50,8 +50,7 @@ def train(config: Config, frozen_config: str) -> int:
     choose_device(config.run.device)
     task = make_task(config.task)
     check_difficulties(task, config.eval.difficulties)
-    data, length = config.data, config.sleep.window_tokens
-    mixture = open_mixture(data, task, config.run.seed, length) if data.shards else None
+    mixture = open_mixture(config, task)
     folder = Path(config.run.dir)
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -73,6 +72,10 @@ def _check_same_config(place: Place, frozen_config: str) -> None:
             f"rank {place.rank} was started with other settings than rank 0; give all processes the same "
             "arguments"
         )
+
+
+class ReplicasDifferError(Exception):
+    """Some process holds wrong bits; raised in all processes at once, and caught by the loop."""
 
 
 class Trainer:
@@ -111,7 +114,7 @@ class Trainer:
         self.works: dict[tuple[int, tuple[bool, ...]], Work] = {}
         kept = (config.checkpoint.keep_last, config.checkpoint.keep_every_steps)
         self.saver = Saver(folder / "checkpoints", *kept, place.rank, place.world_size, place.barrier)
-        self.step = 0
+        self.step, self.num_returns = 0, 0
         data = task.fingerprint() | (mixture.fingerprint() if mixture else {})
         self.documents = {"config": to_dict(config), "data": data}
         self._resume()
@@ -153,18 +156,33 @@ class Trainer:
                 if self.guard.warning:
                     progress.line(self.guard.warning)
                     self.guard.check()
-                figures = None
-                if _due(self.step, config.log.every_steps):
-                    row = self._training_row(memory_norms)
-                    metrics.write(self.step, row)
-                    figures = _shown(row)
-                progress.update(self.step, figures)
-                if _due(self.step, config.eval.every_steps) or self.step == num_steps:
-                    self._evaluate(metrics, progress)
-                if _due(self.step, config.checkpoint.every_steps) or self.step == num_steps:
-                    self._save(metrics, progress)
+                try:
+                    self._side_work(memory_norms, metrics, progress)
+                except ReplicasDifferError as found:
+                    self._go_back(found, metrics, progress)
                 self._warn(self.saver.result(), progress)
                 collect(self.step)
+
+    def _side_work(
+        self,
+        memory_norms: dict[int, tuple[float, float]],
+        metrics: MetricsWriter | NoMetrics,
+        progress: Progress,
+    ) -> None:
+        """What is due after a step."""
+        config, is_last = self.config, self.step == self.config.optim.num_steps
+        if _due(self.step, config.run.check_replicas_every_steps):
+            self._check_replicas()
+        figures = None
+        if _due(self.step, config.log.every_steps):
+            row = self._training_row(memory_norms)
+            metrics.write(self.step, row)
+            figures = _shown(row)
+        progress.update(self.step, figures)
+        if _due(self.step, config.eval.every_steps) or is_last:
+            self._evaluate(metrics, progress)
+        if _due(self.step, config.checkpoint.every_steps) or is_last:
+            self._save(metrics, progress)
 
     def train_step(self) -> dict[int, tuple[float, float]]:
         """One optimizer step; returns the norms of S by pass on steps whose row is due."""
@@ -256,6 +274,7 @@ class Trainer:
         """
         if self.guard.in_a_row and self.step < self.config.optim.num_steps:
             return
+        self._check_replicas()
         metrics.sync()
         trainer = {
             "step": self.step,
@@ -282,7 +301,21 @@ class Trainer:
             self._save(metrics, progress)
             self._warn(self.saver.wait(), progress)
 
-    def _warn(self, failure: CheckpointError | None, progress: Progress) -> None:
+    def _check_replicas(self) -> None:
+        found = self.backend.check_replicas()
+        if found:
+            raise ReplicasDifferError(f"after step {self.step} {found}")
+
+    def _go_back(
+        self, found: ReplicasDifferError, metrics: MetricsWriter | NoMetrics, progress: Progress
+    ) -> None:
+        """To the newest checkpoint, to make the steps since then again; RunError where that does not help."""
+        self._warn(self.saver.wait(), progress)
+        before, self.interval = self.saver.committed_step, Interval()
+        if not self._resume():
+            raise RunError(f"{found}, and no checkpoint is there to go back to; the same command begins again")
+        self.num_returns = self.num_returns + 1 if self.step == before else 1
+        : CheckpointError | None, progress: Progress) -> None:
         if failure:
             progress.line(f"warning: {failure}; training goes on")
 

@@ -25,7 +25,7 @@ def write_set(folder: Path, shards: Iterable[Sequence[Sample]], task: Task, kind
         first += len(samples)
         data, name = file.getvalue(), f"set-{number:06d}.tar"
         (folder / name).write_bytes(data)
-        tokens = sum(array.size for _, array in samples)
+        tokens = sum(array.shape[-1] for _, array in samples)
         entries.append(ShardEntry(name, len(samples), tokens, len(data), hashlib.sha256(data).hexdigest()))
     index = Index(
         kind=kind,  # type: ignore[arg-type]

@@ -7,7 +7,15 @@ import pytest
 import torch
 from shard_sets import documents_set, examples_set, write_set
 
-from sleeptrain.config import DataConfig, ModelConfig, Rule110Config, SleepConfig, TextConfig
+from sleeptrain.config import (
+    Config,
+    DataConfig,
+    ModelConfig,
+    Rule110Config,
+    RunConfig,
+    SleepConfig,
+    TextConfig,
+)
 from sleeptrain.data.batch import make_batch
 from sleeptrain.data.index import ShardError
 from sleeptrain.data.mixture import Mixture, open_mixture
@@ -30,7 +38,10 @@ def mixture_of(
     data = DataConfig(
         shards=tuple(map(str, folders)), batch_sequences=24, num_streams=num_streams, **settings
     )
-    return open_mixture(data, task, seed=5, window_tokens=window_tokens)
+    sleep = SleepConfig(window_tokens=window_tokens)
+    mixture = open_mixture(Config(RunConfig(seed=5), sleep=sleep, task=task.config, data=data), task)
+    assert mixture
+    return mixture
 
 
 def rows_of(

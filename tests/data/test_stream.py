@@ -8,7 +8,7 @@ import pytest
 import torch
 from shard_sets import examples_set
 
-from sleeptrain.config import DataConfig, Rule110Config
+from sleeptrain.config import Config, DataConfig, Rule110Config, RunConfig, SleepConfig
 from sleeptrain.data.batch import Batch
 from sleeptrain.data.mixture import open_mixture
 from sleeptrain.data.stream import ORDER_BITS, TrainStream
@@ -48,7 +48,9 @@ def sharded(
     if not folder.exists():
         examples_set(folder, task, 5, 6)
     data = DataConfig(shards=(str(folder),), batch_sequences=8, num_streams=num_streams)
-    return TrainStream(task, 3, 8, 6, rank, num_replicas, open_mixture(data, task, 3, 6), num_workers)
+    sleep = SleepConfig(window_tokens=6)
+    mixture = open_mixture(Config(RunConfig(seed=3), sleep=sleep, task=task.config, data=data), task)
+    return TrainStream(task, 3, 8, 6, rank, num_replicas, mixture, num_workers)
 
 
 def equal(a: Batch, b: Batch) -> bool:
@@ -109,7 +111,7 @@ def test_workers_only_read_ahead(tmp_path: Path, source: str) -> None:
 def test_batches_of_shards_cannot_be_skipped(tmp_path: Path) -> None:
     stream = sharded(tmp_path / "set")
     stream.batch(0)
-    with pytest.raises(ValueError, match="expected 1, got 5"):
+    with pytest.raises(ValueError, match="expected step 1, got 5"):
         stream.batch(5)
 
 
