@@ -1,11 +1,13 @@
 """Runs of the command line in real processes, small enough for seconds."""
 
+import contextlib
+import importlib.util
+import io
 import os
-import subprocess
 import sys
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[2]
+SCRIPT = Path(__file__).resolve().parents[2] / "tools" / "compare_runs.py"
 TINY = [
     *("model.d_model=16", "model.num_heads=2", "model.memory_heads=2", "model.memory_key_dim=8"),
     *(
@@ -31,6 +33,13 @@ def command(folder: Path, *settings: str) -> list[str]:
 
 def compare_runs(a: Path, b: Path) -> str:
     """What ``tools/compare_runs.py`` says of two runs that differ; empty if they are equal."""
-    arguments = [sys.executable, str(ROOT / "tools" / "compare_runs.py"), str(a), str(b)]
-    done = subprocess.run(arguments, env=environment(), capture_output=True, text=True)
-    return "" if done.returncode == 0 else done.stdout + done.stderr
+    with contextlib.redirect_stdout(io.StringIO()) as said, contextlib.redirect_stderr(said):
+        code = _comparison.main([str(a), str(b)])
+    return said.getvalue() if code else ""
+
+
+_spec = importlib.util.spec_from_file_location("compare_runs", SCRIPT)
+assert _spec is not None
+assert _spec.loader is not None
+_comparison = importlib.util.module_from_spec(_spec)
+_spec.loader.exec_module(_comparison)

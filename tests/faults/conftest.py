@@ -1,5 +1,5 @@
-"""Asked for by name, alone or with ``tests/data``, this folder runs whole: the longer tests too, which a run of
-all tests leaves to ``-m more``."""
+"""Asked for by name, alone or with ``tests/data``, this folder runs whole: the longer tests too, which a run
+of all tests leaves to ``-m more``."""
 
 from pathlib import Path
 
@@ -18,3 +18,13 @@ def pytest_configure(config: pytest.Config) -> None:
     has_markers = any(argument.startswith("-m") for argument in map(str, config.invocation_params.args))
     if not has_markers and all(any(path.is_relative_to(folder) for folder in FOLDERS) for path in paths):
         config.option.markexpr = "not slow and not gpu"
+
+
+@pytest.fixture(scope="session")
+def reference(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a run that nothing disturbed, with the settings of ``fault_runs``; not to be changed."""
+    from fault_runs import train  # imports the trainer: not before a test asks for it
+
+    folder = tmp_path_factory.mktemp("reference") / "run"
+    assert train(folder) == 0
+    return folder
