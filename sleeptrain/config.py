@@ -487,7 +487,16 @@ class RunConfig:
         0, "CPU threads of torch; 0: torch's choice (resume on another count is not bit-equal)"
     )
     deterministic: bool = setting(True, "deterministic algorithms only")
+    check_replicas_every_steps: int = setting(
+        10, "compare the bits of all replicas' weights each so many steps and before a save; 0: never"
+    )
+    hang_timeout_seconds: int = setting(
+        600, "end the run, with the stacks of all processes in logs/, after this long without progress; 0: never"
+    )
     allow_config_change: bool = setting(False, "resume although settings that shape the result differ")
+
+    def __post_init__(self) -> None:
+        _require_in("run", self, ("check_replicas_every_steps", "hang_timeout_seconds"), 0)
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from sleeptrain.config import Config
+from sleeptrain.engine.resilience import cut_metrics
 from sleeptrain.schema import ConfigError, RunError, to_dict
 
 FILE_NAME = "metrics.jsonl"
@@ -22,7 +23,8 @@ class MetricsWriter:
     """Appends rows; a row is a flat dict with its ``step``. Opening it continues what is there."""
 
     def __init__(self, folder: Path, config: Config) -> None:
-        self._file = (folder / FILE_NAME).open("a", encoding="utf-8")
+        self._path = folder / FILE_NAME
+        self._file = self._path.open("a", encoding="utf-8")
         self._wandb = start_wandb(folder, config) if config.log.wandb != "off" else None
 
     def write(self, step: int, row: dict[str, Any]) -> None:
@@ -40,6 +42,12 @@ class MetricsWriter:
         with self._told_of_a_full_disk():
             self._file.flush()
             os.fsync(self._file.fileno())
+
+    def cut(self, step: int) -> None:
+        """Takes back the rows after ``step``."""
+        self._file.close()
+        cut_metrics(self._path, step)
+        self._file = self._path.open("a", encoding="utf-8")
 
     def close(self) -> None:
         """What could not be written before is given up."""
@@ -64,6 +72,7 @@ class NoMetrics:
 
     def write(self, step: int, row: dict[str, Any]) -> None: ...
     def sync(self) -> None: ...
+    def cut(self, step: int) -> None: ...
     def close(self) -> None: ...
 
 

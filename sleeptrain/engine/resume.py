@@ -15,6 +15,8 @@ FREE_SETTINGS = (
     "run.dir",
     "run.device",
     "run.num_threads",
+    "run.check_replicas_every_steps",
+    "run.hang_timeout_seconds",
     "run.allow_config_change",
     "dry_run",
     "data.micro_batch_sequences",

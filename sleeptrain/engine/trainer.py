@@ -32,6 +32,7 @@ from sleeptrain.engine.metrics import (
     read_metrics,
 )
 from sleeptrain.engine.progress import Progress
+from sleeptrain.engine.rerun import ReplicasDifferError, Reruns
 from sleeptrain.engine.resilience import EXIT_REQUEUE, RunLock, StopSignal, cut_metrics
 from sleeptrain.engine.resume import newest_checkpoint, require_same_run
 from sleeptrain.model.flops import peak_flops, training_flops
@@ -74,10 +75,6 @@ def _check_same_config(place: Place, frozen_config: str) -> None:
         )
 
 
-class ReplicasDifferError(Exception):
-    """Some process holds wrong bits; raised in all processes at once, and caught by the loop."""
-
-
 class Trainer:
     """One run in its folder: the backend, the data order and everything that a checkpoint holds."""
 
@@ -109,12 +106,12 @@ class Trainer:
             mixture,
             config.data.num_workers,
         )
-        self.guard = SkipGuard(config.optim)
+        self.guard, self.reruns = SkipGuard(config.optim), Reruns()
         self.interval = Interval()
         self.works: dict[tuple[int, tuple[bool, ...]], Work] = {}
         kept = (config.checkpoint.keep_last, config.checkpoint.keep_every_steps)
         self.saver = Saver(folder / "checkpoints", *kept, place.rank, place.world_size, place.barrier)
-        self.step, self.num_returns = 0, 0
+        self.step = 0
         data = task.fingerprint() | (mixture.fingerprint() if mixture else {})
         self.documents = {"config": to_dict(config), "data": data}
         self._resume()
@@ -149,7 +146,7 @@ class Trainer:
 
     def _loop(self, stop: StopSignal, metrics: MetricsWriter | NoMetrics, progress: Progress) -> None:
         """Steps until the last one is made or a stop is asked for."""
-        config, num_steps = self.config, self.config.optim.num_steps
+        num_steps = self.config.optim.num_steps
         with collected_between_steps() as collect:
             while self.step < num_steps and not self.place.any(bool(stop.requested)):
                 memory_norms = self.train_step()
@@ -298,7 +295,10 @@ class Trainer:
             raise failure
         self._warn(failure, progress)
         if self.step > self.saver.committed_step:
-            self._save(metrics, progress)
+            try:
+                self._save(metrics, progress)
+            except ReplicasDifferError as found:
+                progress.line(f"warning: {found}; it is not saved")
             self._warn(self.saver.wait(), progress)
 
     def _check_replicas(self) -> None:
@@ -309,21 +309,22 @@ class Trainer:
     def _go_back(
         self, found: ReplicasDifferError, metrics: MetricsWriter | NoMetrics, progress: Progress
     ) -> None:
-        """To the newest checkpoint, to make the steps since then again; RunError where that does not help."""
+        """To the newest checkpoint, to make the steps since then again; RunError where that is no help."""
         self._warn(self.saver.wait(), progress)
-        before, self.interval = self.saver.committed_step, Interval()
-        if not self._resume():
-            raise RunError(f"{found}, and no checkpoint is there to go back to; the same command begins again")
-        self.num_returns = self.num_returns + 1 if self.step == before else 1
-        : CheckpointError | None, progress: Progress) -> None:
+        self.interval = Interval()
+        progress.line(self.reruns.record(found, self.step if self._resume() else None))
+        metrics.cut(self.step)
+
+    def _warn(self, failure: CheckpointError | None, progress: Progress) -> None:
         if failure:
             progress.line(f"warning: {failure}; training goes on")
 
-    def _resume(self) -> None:
-        """Goes on from the newest valid checkpoint; raises ConfigError when it belongs to another run."""
+    def _resume(self) -> bool:
+        """Goes on from the newest valid checkpoint, if there is one; raises ConfigError when it belongs to
+        another run."""
         found = newest_checkpoint(self.folder / "checkpoints", self.place)
         if found is None:
-            return
+            return False
         require_same_run(found, self.documents, self.config.run.allow_config_change)
         try:
             self.backend.load(found)
@@ -336,6 +337,7 @@ class Trainer:
         self.guard.load(saved["guard"])
         self.interval.load(saved["interval"])
         self.stream.load(saved["data"], self.step)
+        return True
 
 
 def _due(step: int, every_steps: int) -> bool:

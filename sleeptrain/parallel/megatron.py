@@ -20,6 +20,7 @@ from sleeptrain.model.sleep import Output, PassTrace
 from sleeptrain.parallel.backend import StepResult, UpdateResult, autocast
 from sleeptrain.parallel.check import micro_batch_of
 from sleeptrain.parallel.cpu_compat import cuda_means_cpu
+from sleeptrain.parallel.integrity import Integrity
 from sleeptrain.parallel.layout import is_on_both_ends
 from sleeptrain.parallel.pipeline import Pipeline
 from sleeptrain.parallel.stage import build_stage, initial_values
@@ -39,6 +40,8 @@ class MegatronDeepspeedBackend:
         self.update = ShardedUpdate(self.shards, self.held, config.optim, topology)
         if config.parallel.weights == "bfloat16":
             self._fill_masters()
+        is_checked = config.run.check_replicas_every_steps and topology.data.size() > 1
+        self.integrity = Integrity(self.update, topology) if is_checked else None
         self.pipeline: Pipeline | None = None
         if topology.pipeline.size() > 1:
             self.pipeline = Pipeline(self.model, topology, config.parallel.sequence_parallel, self._autocast)
@@ -59,7 +62,15 @@ class MegatronDeepspeedBackend:
         return StepResult(loss, self._mean_norms(trace, num_passes) if traced else {})
 
     def step(self, lr_factor: float, loss: Tensor, max_norm: float = math.inf) -> UpdateResult:
-        return self.update.step(lr_factor, loss, max_norm)
+        if self.integrity:
+            self.integrity.before_update()
+        result = self.update.step(lr_factor, loss, max_norm)
+        if self.integrity:
+            self.integrity.after_update()
+        return result
+
+    def check_replicas(self) -> str | None:
+        return self.integrity.check() if self.integrity else None
 
     @torch.no_grad()
     def evaluate(self, batch: Batch, num_passes: int) -> Output:
@@ -93,6 +104,8 @@ class MegatronDeepspeedBackend:
     def load(self, checkpoint: Checkpoint) -> None:
         """Takes over weights and optimizer state that any topology wrote, reading what it needs of them."""
         self.update.load(checkpoint)
+        if self.integrity:
+            self.integrity.after_update()
 
     @torch.no_grad()
     def _fill_masters(self) -> None:

@@ -68,7 +68,7 @@ class ShardedUpdate:
         counted = [(i, f) for i, f in fragments if self.is_counted(f.held)]
         groups = {"model": [_slice(f, "", f.weight) for _, f in counted], "optimizer": []}
         for i, f in counted if self.num_updates else []:
-            groups["optimizer"] += [_slice(f, f"/{key}", x) for key, x in self._moments(i).items()]
+            groups["optimizer"] += [_slice(f, f"/{key}", x) for key, x in self.moments(i).items()]
         if self.topology.rank == 0:
             groups["optimizer"].append(whole("num_updates", torch.tensor(self.num_updates)))
         return groups
@@ -81,11 +81,12 @@ class ShardedUpdate:
             if checkpoint.shape("model", f.held.name) != tuple(f.held.shape):
                 raise ValueError(f"{f.held.name} has another shape there")
             _read(checkpoint, "model", f, "", f.weight)
-            for key, x in self._moments(i).items() if self.num_updates else ():
+            for key, x in self.moments(i).items() if self.num_updates else ():
                 _read(checkpoint, "optimizer", f, f"/{key}", x)
         self.shards.refresh(self.num_updates)
 
-    def _moments(self, fragment: int) -> dict[str, Tensor]:
+    def moments(self, fragment: int) -> dict[str, Tensor]:
+        """Views of a fragment's."""
         if fragment in self.momenta:
             return {"momentum": self.momenta[fragment]}
         return {key: self.shards.moment(fragment, key) for key in ADAMW_STATE}

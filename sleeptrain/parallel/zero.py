@@ -40,6 +40,7 @@ class Shards(Protocol):
     model: nn.Module  # to be called in place of the plain model
     loss_factor: float  # by what a loss is to be multiplied, so that gradients are summed over the replicas
     fragments: list[Fragment]
+    copies: list[Held]  # of which every replica has the whole
 
     def reduced_at_end(self) -> AbstractContextManager[None]:
         """Around all backward passes of a step."""
@@ -120,7 +121,7 @@ class Replicated:
 
     def __init__(self, model: SleepModel, held: list[Held], config: Config, topology: Topology) -> None:
         self.model: nn.Module = model
-        self.loss_factor, self.data = 1.0, topology.data
+        self.loss_factor, self.data, self.copies = 1.0, topology.data, held
         self.optimizer = ElementwiseStep(held, config.optim)
         self.fragments = [Fragment(h, 0, h.parameter.data.view(-1)) for h in held]
 
@@ -158,6 +159,7 @@ class Zero:
 
     def __init__(self, model: SleepModel, held: list[Held], config: Config, topology: Topology) -> None:
         self.model: nn.Module = model
+        self.copies = held
         self.loss_factor = float(topology.data.size())  # the engine takes the mean over replicas
         self.optimizer = ElementwiseStep(held, config.optim)
         self.engine = _engine(model, self.optimizer, config, topology)
@@ -207,6 +209,7 @@ class Zero3:
     comes."""
 
     def __init__(self, model: SleepModel, held: list[Held], config: Config, topology: Topology) -> None:
+        self.copies: list[Held] = []
         self.loss_factor = float(topology.data.size())
         self.optimizer = ElementwiseStep(held, config.optim)
         self.engine = _engine(model, self.optimizer, config, topology)
