@@ -78,6 +78,10 @@ class Saver:
         self._thread = Thread(target=self._finish, args=(step, folder, staged, texts), daemon=True)
         self._thread.start()
 
+    def prepare(self, groups: dict[str, list[Slice]]) -> None:
+        """Before the first save of such slices, so that it need not wait for the memory; returns at once."""
+        self._memory.prepare(groups)
+
     def result(self) -> CheckpointError | None:
         """How a save failed that is over, told once; None where none did or it still runs. Does not block."""
         return self.wait(at_most_seconds=0)

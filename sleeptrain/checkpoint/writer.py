@@ -7,8 +7,11 @@ so that any program can read what one process wrote; others are 1-D, with their 
 import json
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from functools import partial
+from mmap import PAGESIZE
 from pathlib import Path
+from threading import Thread
 from typing import NamedTuple
 
 import numpy as np
@@ -68,9 +71,26 @@ class HostMemory:
 
     def __init__(self) -> None:
         self._buffers: dict[str, Tensor] = {}
+        self._preparing: Thread | None = None
+
+    def prepare(self, groups: dict[str, list[Slice]]) -> None:
+        """Takes the memory for such slices ahead, in a thread: the system is slow to hand out its pages."""
+        pinned = any(s.values.is_cuda for slices in groups.values() for s in slices)
+        sizes = {group: sum(s.values.nbytes for s in slices) for group, slices in groups.items()}
+
+        def touch() -> None:
+            with suppress(RuntimeError, MemoryError):  # the save will say so
+                for group, num_bytes in sizes.items():
+                    self._buffer(group, num_bytes, pinned).numpy()[::PAGESIZE] = 0
+
+        self._preparing = Thread(target=touch, daemon=True)
+        self._preparing.start()
 
     def copy(self, groups: dict[str, list[Slice]]) -> dict[str, StagedGroup]:
         """Copies slices off their devices, bit for bit; raises ValueError for what cannot be a slice."""
+        if self._preparing:
+            self._preparing.join()
+            self._preparing = None
         staged: dict[str, StagedGroup] = {}
         copies: list[Callable[[], object]] = []
         devices = {s.values.device for slices in groups.values() for s in slices if s.values.is_cuda}

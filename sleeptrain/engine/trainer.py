@@ -146,10 +146,12 @@ class Trainer:
 
     def _loop(self, stop: StopSignal, metrics: MetricsWriter | NoMetrics, progress: Progress) -> None:
         """Steps until the last one is made or a stop is asked for."""
-        num_steps = self.config.optim.num_steps
+        first, num_steps = self.step + 1, self.config.optim.num_steps
         with collected_between_steps() as collect:
             while self.step < num_steps and not self.place.any(bool(stop.requested)):
                 memory_norms = self.train_step()
+                if self.step == first:  # now all moments are there
+                    self.saver.prepare(self.backend.slices())
                 if self.guard.warning:
                     progress.line(self.guard.warning)
                     self.guard.check()
