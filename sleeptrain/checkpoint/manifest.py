@@ -23,6 +23,7 @@ FORMAT = "sleeptrain-checkpoint"
 VERSION = 2
 ASIDE = ".old_"  # prefix of a checkpoint that was moved aside while its successor takes its name
 PIECE_BYTES = 4 * 2**20  # a slice has a checksum per so many bytes: a part of it can be verified alone
+LARGEST_TEXT_BYTES = 64 * 2**20  # of a manifest, a document or a header: no file can make us take more memory
 ITEM_BYTES = {
     **dict.fromkeys(("bool", "uint8", "int8", "float8_e4m3fn", "float8_e5m2"), 1),
     **dict.fromkeys(("uint16", "int16", "float16", "bfloat16"), 2),
@@ -137,14 +138,18 @@ def read(folder: Path) -> Manifest:
 
     Of the other files nothing is read yet.
     """
+    where = f"{folder.name}/{FILE}"
     try:
-        present = {path.name for path in folder.iterdir()}
-        data = (folder / FILE).read_bytes() if FILE in present else None
+        present = {path.name: path.is_file() and not path.is_symlink() for path in folder.iterdir()}
+        if FILE not in present:
+            raise CheckpointError(f"{where} is missing, so this is no complete checkpoint")
+        for name in sorted(name for name, is_plain in present.items() if not is_plain):
+            raise CheckpointError(f"{folder.name}/{name} is not part of the checkpoint: it is no plain file")
+        if (folder / FILE).stat().st_size > LARGEST_TEXT_BYTES:
+            raise CheckpointError(f"{where} is damaged: it is longer than any manifest")
+        data = (folder / FILE).read_bytes()
     except OSError as error:
         raise CheckpointError(f"{folder.name} cannot be read: {error.strerror}") from error
-    where = f"{folder.name}/{FILE}"
-    if data is None:
-        raise CheckpointError(f"{where} is missing, so this is no complete checkpoint")
     body = unseal(data, where)
     try:
         manifest = Manifest(_integer(body["step"]), *from_json(body))
@@ -154,9 +159,9 @@ def read(folder: Path) -> Manifest:
         raise CheckpointError(
             f"{where} belongs to step {manifest.step}, not to the step in the folder's name"
         )
-    for name in sorted(manifest.files.keys() - present):
+    for name in sorted(manifest.files.keys() - present.keys()):
         raise CheckpointError(f"{folder.name}/{name} is missing")
-    for name in sorted(present - manifest.files.keys() - {FILE}):
+    for name in sorted(present.keys() - manifest.files.keys() - {FILE}):
         raise CheckpointError(f"{folder.name}/{name} is not part of the checkpoint (not listed in {FILE})")
     for group, tensors in manifest.groups.items():
         for name, entry in tensors.items():
@@ -174,7 +179,7 @@ def unseal(data: bytes, where: str) -> dict[str, Any]:
     """What was sealed; raises CheckpointError on any changed byte, and on another format or version."""
     try:
         body = json.loads(data)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{where} is damaged: it is not JSON ({len(data)} bytes)") from error
     if not isinstance(body, dict) or body.get("format") != FORMAT:
         raise CheckpointError(f"{where} is foreign: its format is not {FORMAT!r}")
@@ -207,7 +212,7 @@ def from_json(body: dict[str, Any]) -> Contents:
     """The way back; an exception of any kind where ``body`` does not have that form."""
     if body["piece_bytes"] != PIECE_BYTES:
         raise ValueError(f"piece_bytes is {body['piece_bytes']}, and this program reads {PIECE_BYTES}")
-    files = {name: FileEntry(**entry) for name, entry in body["files"].items()}
+    files = {name: _file_entry(entry) for name, entry in body["files"].items()}
     groups = {
         group: {name: _tensor_entry(entry, files) for name, entry in tensors.items()}
         for group, tensors in body["groups"].items()
@@ -248,8 +253,17 @@ def _tail(text: bytes) -> bytes:
     return f',\n "sha256": "{hashlib.sha256(text).hexdigest()}"\n}}\n'.encode()
 
 
+def _file_entry(entry: dict[str, Any]) -> FileEntry:
+    found = FileEntry(**entry)
+    if not 0 <= _integer(found.head_bytes) <= min(_integer(found.size_bytes), LARGEST_TEXT_BYTES):
+        raise ValueError(f"head_bytes is {found.head_bytes}")
+    return found
+
+
 def _tensor_entry(entry: dict[str, Any], files: dict[str, FileEntry]) -> TensorEntry:
-    item_bytes = ITEM_BYTES[entry["dtype"]]
+    item_bytes, shape = ITEM_BYTES[entry["dtype"]], tuple(map(_integer, entry["shape"]))
+    if any(not 0 <= size < 2**63 for size in shape):
+        raise ValueError(f"shape is {entry['shape']}")
     slices = []
     for part in entry["slices"]:
         box = tuple((_integer(start), _integer(stop)) for start, stop in part["box"])
@@ -263,7 +277,7 @@ def _tensor_entry(entry: dict[str, Any], files: dict[str, FileEntry]) -> TensorE
         if len(checksums) != math.ceil(found.length * item_bytes / PIECE_BYTES):
             raise ValueError("the number of checksums of a slice is wrong")
         slices.append(found)
-    return TensorEntry(entry["dtype"], tuple(map(_integer, entry["shape"])), slices)
+    return TensorEntry(entry["dtype"], shape, slices)
 
 
 def _integer(value: Any) -> int:

@@ -95,10 +95,17 @@ class Checkpoint:
         return found
 
     def _document(self, name: str) -> dict[str, Any]:
+        size_bytes, head_bytes, crc32 = self._files[name]
         self._require_size(name)
-        data = bytearray(self._files[name].size_bytes)
-        self._fill(memoryview(data), name, 0, self._files[name].crc32)
-        return json.loads(data)
+        data = bytearray(head_bytes)
+        self._fill(memoryview(data), name, 0, crc32)
+        try:
+            document = json.loads(data)
+        except (ValueError, RecursionError):
+            document = None
+        if not isinstance(document, dict) or head_bytes < size_bytes:
+            raise CheckpointError(f"{self.path.name}/{name} is malformed: it is no JSON object")
+        return document
 
     def _loads(
         self, name: str, entry: TensorEntry, wanted: Range, values: Tensor

@@ -57,6 +57,14 @@ def find_latest(
     return None
 
 
+def peek(checkpoints_dir: Path) -> Checkpoint | None:
+    """The newest whose manifest and documents are whole; nothing is known yet of its tensors."""
+    for folder in _checkpoints(checkpoints_dir):
+        with suppress(CheckpointError):
+            return Checkpoint(folder)
+    return None
+
+
 def begin(checkpoints_dir: Path, step: int) -> Path:
     """Makes the temporary folder of a new save; what an earlier one left loses its name. Raises OSError."""
     checkpoints_dir.mkdir(parents=True, exist_ok=True)

@@ -5,6 +5,7 @@ import json
 import os
 import signal
 import socket
+from contextlib import suppress
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -24,20 +25,28 @@ class RunLock:
     """Context manager: the only process that works in ``folder``; raises RunLockedError on entry.
 
     The lock is the kernel's (``flock`` on ``run.lock``), so it ends with the process however that ends; the
-    content of the file only tells others whom to ask. A forked child holds it too while it lives.
+    content of the file only tells others whom to ask. A forked child gives its share back at once, and one
+    that runs another program never had it.
     """
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
 
+    def check(self) -> None:
+        """Raises the same where another process holds the lock, and takes nothing: all processes of a run may
+        ask, before data is read."""
+        with suppress(FileNotFoundError), (self.folder / "run.lock").open() as self._file:
+            self._take(fcntl.LOCK_SH)
+
     def __enter__(self) -> "RunLock":
         self.folder.mkdir(parents=True, exist_ok=True)
         self._file = (self.folder / "run.lock").open("a+")
+        os.register_at_fork(after_in_child=self._file.close)  # an orphan shall not keep the run from going on
         try:
-            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            with self._file:
-                raise RunLockedError(self._refusal()) from None
+            self._take(fcntl.LOCK_EX)
+        except ConfigError:
+            self._file.close()
+            raise
         self._file.truncate(0)
         json.dump({"pid": os.getpid(), "host": socket.gethostname()}, self._file)
         self._file.flush()
@@ -46,6 +55,17 @@ class RunLock:
     def __exit__(self, *_: object) -> None:
         fcntl.flock(self._file, fcntl.LOCK_UN)  # closing is not enough: a forked child may share the file
         self._file.close()
+
+    def _take(self, kind: int) -> None:
+        try:
+            fcntl.flock(self._file, kind | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise RunLockedError(self._refusal()) from None
+        except OSError as error:
+            raise ConfigError(
+                f"run folder {self.folder} lies where files cannot be locked ({error.strerror}); choose "
+                "another run.dir, or mount that file system with locks"
+            ) from error
 
     def _refusal(self) -> str:
         self._file.seek(0)
@@ -60,13 +80,14 @@ class RunLock:
 
 
 class StopSignal:
-    """Context manager: SIGTERM, SIGUSR1 and SIGINT only set ``requested``; the loop then saves and leaves.
+    """Context manager: SIGTERM, SIGUSR1, SIGUSR2 and SIGINT only set ``requested``; the loop then saves and
+    leaves.
 
     ``requested`` is the name of the first signal that came, else None. A second SIGINT raises
     KeyboardInterrupt. For the main thread; the handlers before it come back at the end.
     """
 
-    SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+    SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGINT)
 
     def __init__(self) -> None:
         self.requested: str | None = None

@@ -1,13 +1,16 @@
 """Whether a checkpoint belongs to the run that finds it."""
 
+from contextlib import suppress
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 from sleeptrain.checkpoint import store
 from sleeptrain.checkpoint.manifest import differences
 from sleeptrain.checkpoint.reader import Checkpoint
+from sleeptrain.config import Config
 from sleeptrain.parallel.place import Place
-from sleeptrain.schema import ConfigError
+from sleeptrain.schema import ConfigError, to_dict
 
 # Settings that may change between two starts of a run: they do not touch what it computes.
 FREE_SETTINGS = (
@@ -28,6 +31,25 @@ FREE_SETTINGS = (
     "sleep.activation_checkpointing",
 )
 FREE_SECTIONS = ("log.", "checkpoint.", "eval.", "parallel.")
+COMPUTING_PACKAGES = ("torch", "triton")
+
+
+def versions() -> dict[str, str]:
+    """Of what computes, for the checkpoint. Without the build, as in ``+cpu``: it goes with the device, which
+    may change."""
+    found = {}
+    for name in ("sleeptrain", *COMPUTING_PACKAGES):
+        with suppress(metadata.PackageNotFoundError):
+            found[name] = metadata.version(name).partition("+")[0]
+    return found
+
+
+def refuse_drift(checkpoints_dir: Path, config: Config) -> None:
+    """Raises ConfigError where the newest checkpoint is one of other settings or versions: at once, before
+    data is read or a tensor of the checkpoint is looked at."""
+    found = store.peek(checkpoints_dir)
+    if found and not config.run.allow_config_change:
+        _refuse(found, _drift(found, {"config": to_dict(config), "versions": versions()}))
 
 
 def newest_checkpoint(checkpoints_dir: Path, place: Place) -> Checkpoint | None:
@@ -43,21 +65,51 @@ def newest_checkpoint(checkpoints_dir: Path, place: Place) -> Checkpoint | None:
 
 
 def require_same_run(found: Checkpoint, documents: dict[str, Any], change_allowed: bool) -> None:
-    """Raises ConfigError with the settings and data that differ from those of ``documents``; where the
-    change is allowed, says so in a warning each."""
-    differing = [
-        line
-        for name in ("config", "data")
-        for line in differences(found.documents.get(name, {}), documents[name])
-        if name == "data" or not _is_free(line.split(":")[0])
-    ]
-    if differing and not change_allowed:
+    """Raises ConfigError with the settings, data and versions that differ from those of ``documents``; where
+    the change is allowed, says so in a warning each."""
+    differing = _drift(found, documents)
+    if not change_allowed:
+        _refuse(found, differing)
+    # The version of this program is not a reason to refuse: a run that meets a fault of it must be able to go
+    # on with the mended one.
+    own = _versions_changed(found, documents, ("sleeptrain",))
+    for line in differing + own:
+        print(f"warning: going on with other settings, {line}")
+
+
+def require_fitting_moments(found: Checkpoint) -> None:
+    """Raises ValueError unless all of the optimizer state is of the checkpoint's own weights, and as large:
+    before memory is taken for it."""
+    weights = set(found.names("model"))
+    for name in found.names("optimizer"):
+        weight = name.rpartition("/")[0]
+        fitting = (found.shape("model", weight) if weight in weights else None) if weight else ()
+        if found.shape("optimizer", name) != fitting:
+            raise ValueError(f"its optimizer state {name} belongs to no weight")
+
+
+def _refuse(found: Checkpoint, differing: list[str]) -> None:
+    if differing:
         raise ConfigError(
             f"{found.path} was trained with other settings: {'; '.join(differing)}; go back to them, "
             "choose another run.id, or set run.allow_config_change=true"
         )
-    for line in differing:
-        print(f"warning: going on with other settings, {line}")
+
+
+def _drift(found: Checkpoint, documents: dict[str, Any]) -> list[str]:
+    """A line for each change that may move results."""
+    lines: list[str] = []
+    for name in documents.keys() & {"config", "data"}:
+        changed = differences(found.documents.get(name, {}), documents[name])
+        lines += [line for line in changed if name == "data" or not _is_free(line.split(":")[0])]
+    return sorted(lines) + _versions_changed(found, documents, COMPUTING_PACKAGES)
+
+
+def _versions_changed(found: Checkpoint, documents: dict[str, Any], names: tuple[str, ...]) -> list[str]:
+    """What only one side has is left out: like the build, it goes with the device."""
+    saved, current = found.documents.get("versions", {}), documents["versions"]
+    both = [name for name in names if name in saved and name in current]
+    return differences(*({"versions": {name: side[name] for name in both}} for side in (saved, current)))
 
 
 def _is_free(setting: str) -> bool:

@@ -34,7 +34,14 @@ from sleeptrain.engine.metrics import (
 from sleeptrain.engine.progress import Progress
 from sleeptrain.engine.rerun import ReplicasDifferError, Reruns
 from sleeptrain.engine.resilience import EXIT_REQUEUE, RunLock, StopSignal, cut_metrics
-from sleeptrain.engine.resume import newest_checkpoint, require_same_run
+from sleeptrain.engine.resume import (
+    newest_checkpoint,
+    refuse_drift,
+    require_fitting_moments,
+    require_same_run,
+    versions,
+)
+from sleeptrain.engine.watchdog import Watchdog
 from sleeptrain.model.flops import peak_flops, training_flops
 from sleeptrain.model.visits import cut, plan
 from sleeptrain.optim.schedule import lr_factor, num_passes_at
@@ -50,6 +57,9 @@ def train(config: Config, frozen_config: str) -> int:
     check_wandb(config)
     choose_device(config.run.device)
     task = make_task(config.task)
+    folder = Path(config.run.dir)
+    RunLock(folder).check()
+    refuse_drift(folder / "checkpoints", config)
     check_difficulties(task, config.eval.difficulties)
     mixture = open_mixture(config, task)
     folder = Path(config.run.dir)
@@ -113,7 +123,7 @@ class Trainer:
         self.saver = Saver(folder / "checkpoints", *kept, place.rank, place.world_size, place.barrier)
         self.step = 0
         data = task.fingerprint() | (mixture.fingerprint() if mixture else {})
-        self.documents = {"config": to_dict(config), "data": data}
+        self.documents = {"config": to_dict(config), "data": data, "versions": versions()}
         self._resume()
         if place.rank == 0:
             replace_file(folder / "config.yaml", frozen_config.encode())
@@ -344,6 +354,7 @@ class Trainer:
 
 def _due(step: int, every_steps: int) -> bool:
     return every_steps > 0 and step % every_steps == 0
+            require_fitting_moments(found)
 
 
 def _shown(row: dict[str, Any]) -> dict[str, str]:
