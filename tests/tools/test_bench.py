@@ -77,6 +77,14 @@ def test_tasks_compares_every_task_with_its_model():
     assert rows == ["rule110", "rule110", "depo", "text"]
 
 
+def test_shards_finds_the_same_samples_on_all_sides():
+    output = quick("shards")
+    assert "40 samples; all sides find the same" in output
+    for peer in ("webdataset", "bytes alone", "tarfile"):
+        [ratio] = numbers_after(f"ratio ours, no hash / {peer}", output)
+        assert ratio > 0
+
+
 def test_pipeline_bubble_measures_every_stage_count_and_draws_nothing():
     output = quick("pipeline_bubble")
     assert "timed sleep, 20 ms forward, 40 ms backward (shared cores)" in output
@@ -94,7 +102,7 @@ def test_parallel_overhead_compares_equal_gradients():
 
 
 @pytest.mark.parametrize(
-    "name", ["gdn_cpu", "step_overhead", "passes", "tasks", "pipeline_bubble", "parallel_overhead"]
+    "name", ["gdn_cpu", "step_overhead", "passes", "tasks", "pipeline_bubble", "parallel_overhead", "shards"]
 )
 def test_help_explains_the_figure(name):
     done = run(name, "--help")
