@@ -1,14 +1,11 @@
 import os
-import random
 import resource
-import signal
 import sys
 import threading
-import time
 
 import pytest
 import torch
-from cuts import fill_of, save_filled, save_groups, wholes
+from cuts import save_filled, save_groups, wholes
 
 from sleeptrain.checkpoint import store
 from sleeptrain.checkpoint.manifest import CheckpointError
@@ -141,91 +138,3 @@ def test_a_tensor_that_is_not_whole_is_not_committed(tmp_path, slices, reason):
 def test_what_cannot_be_a_slice_is_an_error_of_the_caller(tmp_path, wrong):
     with pytest.raises(ValueError, match="tensor w"):
         Saver(tmp_path, 1, 0).save(1, {"model": [wrong]}, {})
-
-
-@pytest.mark.parametrize(("limit_bytes", "file"), [(1000, "a tensor file"), (80, "the manifest")])
-def test_a_full_disk_leaves_the_earlier_checkpoint_and_nothing_else(tmp_path, limit_bytes, file):
-    save_filled(tmp_path, 1)
-
-    def work():
-        resource.setrlimit(resource.RLIMIT_FSIZE, (limit_bytes, limit_bytes))
-        tensors = {"model": {"w": torch.zeros(1000)}} if file == "a tensor file" else {}
-        try:
-            save_groups(tmp_path, 2, wholes(tensors), {"trainer": {}})
-        except CheckpointError as error:
-            return 7 if "step_00000002" in str(error) and "File too large" in str(error) else 8
-
-    assert in_child(work) == 7
-    assert names(tmp_path) == ["step_00000001"]
-    assert fill_of(latest(tmp_path)[0]) == 1
-
-
-@pytest.mark.parametrize("seed", range(5))
-def test_a_kill_at_any_moment_leaves_a_whole_checkpoint(tmp_path, seed):
-    save_filled(tmp_path, 1)
-    pid = os.fork()
-    if pid == 0:
-        for step in range(2, 1_000_000):
-            save_filled(tmp_path, step - step % 2, fill=step)  # each second one replaces the one before
-        os._exit(0)
-    time.sleep(random.Random(seed).uniform(0.02, 0.2))
-    os.kill(pid, signal.SIGKILL)
-    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == -signal.SIGKILL
-    checkpoint, reports = latest(tmp_path)
-    assert fill_of(checkpoint) - checkpoint.step in (0, 1)
-    assert reports == []
-    save_filled(tmp_path, checkpoint.step + 2)
-    assert fill_of(latest(tmp_path)[0]) == checkpoint.step + 2
-    assert not [name for name in names(tmp_path) if name.startswith(".")]
-
-
-FILE_OPERATIONS = ("open", "os.rename", "os.mkdir", "os.remove", "os.rmdir", "os.listdir", "os.scandir")
-
-
-def save_failing_before(operation, how, folder):
-    """Saves step 20 in a child that dies or meets a full disk before its ``operation``-th file operation."""
-
-    def work():
-        count = 0
-
-        def hook(event, arguments):
-            nonlocal count
-            if event in FILE_OPERATIONS and str(folder) in str(arguments[0]):
-                count += 1
-                if count == operation and how == "dies":
-                    os._exit(1)
-                if count == operation:
-                    raise OSError(28, "No space left on device")
-
-        sys.addaudithook(hook)  # fires before the operation; cannot be removed, hence the child
-        try:
-            save_filled(folder, 20, fill=3, keep_last=1)
-        except CheckpointError:
-            return 2
-        return 0 if count < operation else 3  # 3: it failed where failing does not matter
-
-    return in_child(work)
-
-
-@pytest.mark.parametrize("how", ["dies", "fails"])
-@pytest.mark.parametrize("replaced", ["invalid", "valid", "only"])
-def test_no_file_operation_of_a_save_can_lose_the_last_whole_checkpoint(tmp_path, how, replaced):
-    outcomes = []
-    while 0 not in outcomes:
-        folder = tmp_path / str(len(outcomes))
-        if replaced != "only":
-            save_filled(folder, 10, fill=1)
-        existing = save_filled(folder, 20, fill=2)
-        if replaced == "invalid":
-            os.truncate(existing / "optimizer_00000.safetensors", 50)
-        outcomes.append(save_failing_before(len(outcomes) + 1, how, folder))
-        checkpoint, _ = latest(folder)
-        assert fill_of(checkpoint) in ({1, 3} if replaced == "invalid" else {2, 3})
-        assert (outcomes[-1] != 0) or fill_of(checkpoint) == 3
-        if replaced != "invalid":
-            for path in folder.glob("step_*"):
-                Checkpoint(path).verify()  # nothing half deleted under a checkpoint's name
-        save_filled(folder, 30, keep_last=1)
-        assert names(folder) == ["step_00000030"]
-    assert len(outcomes) > 25
-    assert set(outcomes) <= ({0, 1} if how == "dies" else {0, 2, 3})
