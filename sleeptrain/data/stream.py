@@ -5,7 +5,9 @@ that of the last batch handed out.
 """
 
 import multiprocessing
+import os
 import signal
+import threading
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -162,7 +164,7 @@ def _ahead(makers: list[RowMaker]) -> DataLoader:
         num_workers=len(makers),
         prefetch_factor=BATCHES_AHEAD,
         multiprocessing_context=context,
-        worker_init_fn=_leave_signals_to_the_trainer,
+        worker_init_fn=_follow_the_trainer,
         collate_fn=_as_it_is,
     )
 
@@ -181,9 +183,18 @@ def _from_workers(items: Iterator[Made | RunError]) -> Iterator[Made]:
         yield item
 
 
-def _leave_signals_to_the_trainer(_: int) -> None:
+def _follow_the_trainer(_: int) -> None:
+    """Signals to the whole job are its business; when it is gone, however it ended, so is the worker."""
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2):
         signal.signal(number, signal.SIG_IGN)
+    threading.Thread(target=_end_after_the_trainer, daemon=True).start()
+
+
+def _end_after_the_trainer() -> None:
+    trainer = multiprocessing.parent_process()
+    assert trainer is not None
+    trainer.join()
+    os._exit(1)
 
 
 def _as_it_is(item: Any) -> Any:
