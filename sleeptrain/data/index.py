@@ -13,7 +13,7 @@ import hashlib
 import json
 import re
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, fields
 from typing import Any, Literal, NamedTuple
 from urllib.parse import urlsplit
 
@@ -83,8 +83,8 @@ class Index:
 
 
 def _plain(index: Index) -> dict[str, Any]:
-    values = asdict(index) | {"shards": [shard._asdict() for shard in index.shards]}
-    return {"format": FORMAT} | values
+    values = {field.name: getattr(index, field.name) for field in fields(index)}
+    return {"format": FORMAT} | values | {"shards": [shard._asdict() for shard in index.shards]}
 
 
 def parse_index(data: bytes, where: str) -> Index:
