@@ -1,4 +1,4 @@
-"""R2 and R9: a crash or a full disk at any point of a save.
+"""R2, R9: a crash or a full disk at any point of a save.
 
 ``tests/distributed/test_checkpoint.py`` does the same to one of several processes that save together.
 """
@@ -31,7 +31,7 @@ from sleeptrain.checkpoint.reader import Checkpoint
 
 # What the interpreter is asked for, by the names of its functions in C.
 OPERATIONS = {"open", "write", "fsync", "rename", "mkdir", "unlink", "rmdir", "scandir", "listdir"}
-CALLED, ENDED_BY_FAULT, TOLD, WITHOUT_EFFECT = 0, 1, 2, 3
+UNDISTURBED, ENDED_BY_FAULT, TOLD, WITHOUT_EFFECT = 0, 1, 2, 3
 NO_MOUNT = 4
 LIMIT_BYTES = 8000  # more than the metrics of such a run, less than its weights
 
@@ -88,7 +88,7 @@ def save_disturbed(operation: int, act: Callable[[], Any], folder: Path) -> int:
             save_filled(folder, 20, fill=3, keep_last=1)
         except CheckpointError:
             return TOLD
-        return CALLED if count < operation else WITHOUT_EFFECT
+        return UNDISTURBED if count < operation else WITHOUT_EFFECT
 
     return in_child(work)
 
@@ -113,7 +113,7 @@ def test_no_file_operation_can_lose_the_last_whole_checkpoint(
     one, or the only one.
     """
     outcomes: list[int] = []
-    while CALLED not in outcomes:
+    while UNDISTURBED not in outcomes:
         folder = tmp_path / str(len(outcomes))
         if replaced != "only":
             save_filled(folder, 10, fill=1)
@@ -123,14 +123,14 @@ def test_no_file_operation_can_lose_the_last_whole_checkpoint(
         outcomes.append(save_disturbed(len(outcomes) + 1, act, folder))
         fill = fill_of(latest(folder))
         assert fill in ({1, 3} if replaced == "invalid" else {2, 3})
-        assert outcomes[-1] != CALLED or fill == 3
+        assert outcomes[-1] != UNDISTURBED or fill == 3
         if replaced != "invalid":
             for path in folder.glob("step_*"):
                 Checkpoint(path).verify()  # nothing half written or deleted has a checkpoint's name
         save_filled(folder, 30, keep_last=1)
         assert names(folder) == ["step_00000030"]  # what was left over is gone
     assert len(outcomes) > 40
-    wanted = {CALLED, ENDED_BY_FAULT} if act is die else {CALLED, TOLD, WITHOUT_EFFECT}
+    wanted = {UNDISTURBED, ENDED_BY_FAULT} if act is die else {UNDISTURBED, TOLD, WITHOUT_EFFECT}
     assert set(outcomes) == wanted
 
 
@@ -146,7 +146,7 @@ def test_the_walk_through_the_operations_notices_a_careless_commit(
 
     monkeypatch.setattr(store, "commit", commit)
     outcomes, num_lost = [], 0
-    while CALLED not in outcomes:
+    while UNDISTURBED not in outcomes:
         folder = tmp_path / str(len(outcomes))
         save_filled(folder, 20, fill=2)
         outcomes.append(save_disturbed(len(outcomes) + 1, die, folder))
@@ -187,7 +187,7 @@ def log_of_a_save(folder: Path, lost: str = "") -> Log:
             log.append(("write", Path(owner.name)))
 
     def logged_fsync(descriptor: int) -> None:
-        path = Path(os.readlink(f"/proc/self/fd/{descriptor}"))
+        path = Path(f"/proc/self/fd/{descriptor}").readlink()
         if not lost or not path.match(lost):
             log.append(("fsync", path))
         fsync(descriptor)
@@ -257,6 +257,7 @@ def look_at_checkpoints(folder: Path) -> None:
     (folder / "seen_while_full").write_text(str(names(folder / "checkpoints")))
 
 
+@pytest.mark.more
 def test_a_run_goes_on_while_no_file_can_grow(tmp_path: Path, reference: Path) -> None:
     """R9: ``RLIMIT_FSIZE`` cuts every write short for ten steps. The run warns, keeps its old checkpoint and
     no part of a new one, and saves again at the next occasion."""
@@ -278,6 +279,7 @@ def test_a_run_goes_on_while_no_file_can_grow(tmp_path: Path, reference: Path) -
     check_the_run_went_on(folder, reference, "File too large")
 
 
+@pytest.mark.more
 def test_a_run_goes_on_while_its_disk_is_full(tmp_path: Path, reference: Path) -> None:
     """R9: the same on a small disk that is really full."""
     folder = tmp_path / "run"
