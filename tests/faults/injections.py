@@ -20,6 +20,7 @@ from sleeptrain.model.state import State, Tokens
 from sleeptrain.model.visits import Visit
 from sleeptrain.parallel.backend import Backend, LocalBackend, StepResult
 from sleeptrain.parallel.megatron import MegatronDeepspeedBackend
+from sleeptrain.parallel.update import ShardedUpdate
 from sleeptrain.pretrain import main
 
 NUM_STEPS = 12
@@ -51,13 +52,10 @@ class Report(NamedTuple):
 
 
 class Now:
-    """In a child: the step that is being computed, and how often it has been begun."""
+    """In a child: the step that is being computed, how often it has been begun, and by what."""
 
-    step, visits = -1, 0
-
-    @classmethod
-    def is_due(cls, step: int, times: int = 1) -> bool:
-        return cls.step == step and cls.visits <= times
+    step, times_begun = -1, 0
+    backend: Backend
 
 
 Fault = Callable[[int], None]  # put in place in the child of this rank
@@ -86,8 +84,8 @@ def _observe() -> tuple[list[int], list[str]]:
     train_step = Trainer.train_step
 
     def observed(trainer: Trainer) -> Any:
-        Now.step = trainer.step
-        begun[Now.step] = Now.visits = begun.get(Now.step, 0) + 1
+        Now.step, Now.backend = trainer.step, trainer.backend
+        begun[Now.step] = Now.times_begun = begun.get(Now.step, 0) + 1
         before = {name: x.clone() for name, x in held(trainer.backend).items()}
         result = train_step(trainer)
         if trainer.guard.warning:
@@ -224,3 +222,40 @@ def _then(forward_backward: Any, step: int, change: Callable[[Backend, StepResul
         return change(backend, result) if Now.step == step else result
 
     return changed
+
+
+FLIPS = {
+    "step": (MegatronDeepspeedBackend, "forward_backward"),
+    "update": (ShardedUpdate, "step"),
+    "evaluation": (Trainer, "_evaluate"),
+}
+
+
+def flipped_bit(where: str, step: int, tensor: str, bit: int, rank: int, times: int = 1) -> Fault:
+    """In a tensor of ``held``, before the gradients of a step are computed, or after an update or an
+    evaluation; also the next times that the step is made."""
+
+    def fault(own_rank: int) -> None:
+        if own_rank != rank:
+            return
+        owner, name = FLIPS[where]
+        work = getattr(owner, name)
+
+        def flipping(*arguments: Any) -> Any:
+            is_due = step == Now.step and Now.times_begun <= times
+            if is_due and where == "step":
+                flip(held(Now.backend)[tensor], bit)
+            result = work(*arguments)
+            if is_due and where != "step":
+                flip(held(Now.backend)[tensor], bit)
+            return result
+
+        setattr(owner, name, flipping)
+
+    return fault
+
+
+def flip(values: Tensor, bit: int) -> None:
+    """Of the element in the middle."""
+    middle = values.view(-1).view(torch.int32)[values.numel() // 2 :][:1]
+    middle.bitwise_xor_(torch.tensor(1 << bit, dtype=torch.int64).to(torch.int32))
