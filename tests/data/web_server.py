@@ -44,11 +44,13 @@ def serving(folder: Path) -> Iterator[Server]:
 
     httpd = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
     httpd.daemon_threads, httpd.block_on_close = True, False
+    httpd.is_over = threading.Event()  # type: ignore[attr-defined]
     server = Server(folder, httpd.server_address[1])
     threading.Thread(target=httpd.serve_forever, args=(0.05,), daemon=True).start()
     try:
         yield server
     finally:
+        httpd.is_over.set()  # type: ignore[attr-defined]
         httpd.shutdown()
         httpd.server_close()
 
@@ -113,8 +115,8 @@ def instead(other: bytes, **headers: object) -> Answer:
 
 
 def silent(request: BaseHTTPRequestHandler, data: bytes, times: int) -> None:
-    """Says that there is something, and no more."""
+    """Begins, and says no more until the server ends."""
     begin(request, Content_Length=len(data))
     request.wfile.write(data[:100])
-    request.wfile.flush()
-    threading.Event().wait(600)
+    request.server.is_over.wait()  # type: ignore[attr-defined]
+    request.close_connection = True
