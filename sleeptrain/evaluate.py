@@ -13,7 +13,7 @@ from typing import Any, Literal
 from omegaconf import OmegaConf
 
 from sleeptrain.config import Config
-from sleeptrain.schema import ConfigError, describe, from_dict, setting
+from sleeptrain.schema import ConfigError, RunError, describe, from_dict, setting
 
 USAGE = """\
 usage: python -m sleeptrain.evaluate checkpoint=FOLDER [KEY=VALUE ...] [task.KEY=VALUE ...]
@@ -61,8 +61,6 @@ def main(arguments: list[str]) -> int:
                 )
             )
         return 0
-    from sleeptrain.checkpoint.manifest import CheckpointError
-
     try:
         for argument in arguments:
             if "=" not in argument:
@@ -71,7 +69,7 @@ def main(arguments: list[str]) -> int:
         task_changes = given.pop("task", {})
         run(from_dict(EvaluateConfig, given), task_changes)
         return 0
-    except (ConfigError, CheckpointError) as error:
+    except (ConfigError, RunError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
 
@@ -93,10 +91,10 @@ def run(settings: EvaluateConfig, task_changes: dict[str, Any]) -> Path:
     from sleeptrain.checkpoint import store
     from sleeptrain.checkpoint.durable import replace_file
     from sleeptrain.checkpoint.reader import Checkpoint
+    from sleeptrain.data.corpus import open_task
     from sleeptrain.engine.evaluation import as_table, check_difficulties, evaluate
     from sleeptrain.model.visits import require_passes
     from sleeptrain.parallel.backend import LocalBackend
-    from sleeptrain.tasks import make_task
 
     folder = Path(settings.checkpoint)
     found = (
@@ -113,7 +111,7 @@ def run(settings: EvaluateConfig, task_changes: dict[str, Any]) -> Path:
     saved["task"] = (saved["task"] if same_task else {}) | task_changes
     saved["run"]["device"] = settings.device
     config = from_dict(Config, saved)
-    task = make_task(config.task)
+    task = open_task(config.task)
     vocab_size = found.shape("model", "embed.weight")[0]
     if task.vocab_size != vocab_size:
         raise ConfigError(

@@ -43,12 +43,12 @@ def main(arguments: list[str]) -> int:
     try:
         config = compose_config(arguments)
         if config.dry_run:
+            from sleeptrain.data.corpus import open_task
             from sleeptrain.data.mixture import open_mixture
             from sleeptrain.engine.evaluation import check_difficulties
             from sleeptrain.engine.plan_report import plan_report
-            from sleeptrain.tasks import make_task
 
-            task = make_task(config.task)
+            task = open_task(config.task)
             check_difficulties(task, config.eval.difficulties)
             print(plan_report(config, task, open_mixture(config, task)))
             return 0

@@ -22,11 +22,11 @@ def plan_report(config: Config, task: Task, mixture: Mixture | None = None) -> s
 
     The window plan is that of the run's first batch; a pad counts as a token.
     """
-    has_loss = (
-        TrainStream(task, config.run.seed, config.data.batch_sequences, config.sleep.window_tokens)
-        .batch(0)
-        .windows_with_loss
-    )
+    if mixture and mixture.is_packed:
+        has_loss: Sequence[bool] = (True,) * -(-task.sequence_tokens // config.window_tokens)
+    else:
+        seed, data, length = config.run.seed, config.data, config.sleep.window_tokens
+        has_loss = TrainStream(task, seed, data.batch_sequences, length).batch(0).windows_with_loss
     windows = cut(task.sequence_tokens, config.sleep.window_tokens, has_loss)
     vocab_size, parallel = config.model.rounded_vocab(task.vocab_size), config.parallel
     sections = [

@@ -3,6 +3,7 @@ bit."""
 
 import os
 import time
+from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from sleeptrain.checkpoint.manifest import CheckpointError
 from sleeptrain.checkpoint.saver import Saver
 from sleeptrain.config import Config
 from sleeptrain.data.batch import Batch
+from sleeptrain.data.corpus import open_task
 from sleeptrain.data.mixture import Mixture, open_mixture
 from sleeptrain.data.stream import ORDER_BITS, TrainStream
 from sleeptrain.engine.evaluation import as_row, as_table, check_difficulties, evaluate
@@ -48,7 +50,7 @@ from sleeptrain.optim.schedule import lr_factor, num_passes_at
 from sleeptrain.parallel.backend import choose_device
 from sleeptrain.parallel.place import Place, make_backend, open_place, rank_given
 from sleeptrain.schema import ConfigError, to_dict
-from sleeptrain.tasks import Task, make_task
+from sleeptrain.tasks import Task
 
 
 def train(config: Config, frozen_config: str) -> int:
@@ -56,13 +58,12 @@ def train(config: Config, frozen_config: str) -> int:
     config.yaml. Every process of the run calls it."""
     check_wandb(config)
     choose_device(config.run.device)
-    task = make_task(config.task)
     folder = Path(config.run.dir)
     RunLock(folder).check()
     refuse_drift(folder / "checkpoints", config)
+    task = open_task(config.task)
     check_difficulties(task, config.eval.difficulties)
     mixture = open_mixture(config, task)
-    folder = Path(config.run.dir)
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -70,11 +71,17 @@ def train(config: Config, frozen_config: str) -> int:
             f"run.dir={folder} cannot be made a folder ({error.strerror}); choose another"
         ) from error
     vocab_size = config.model.rounded_vocab(task.vocab_size)
-    with rank_log(folder, rank_given()), open_place(config, vocab_size, task.sequence_tokens) as place:
+    rank = rank_given()
+    with (
+        rank_log(folder, rank) as log,
+        Watchdog(config.run.hang_timeout_seconds, log.parent, rank) as watchdog,
+        open_place(config, vocab_size, task.sequence_tokens) as place,
+    ):
+        watchdog.meet(place.world_size)
         _check_same_config(place, frozen_config)
         with RunLock(folder) if place.rank == 0 else nullcontext(), StopSignal() as stop:
             place.barrier()  # nobody works in the folder before the first has its lock
-            return Trainer(config, task, folder, frozen_config, place, mixture).run(stop)
+            return Trainer(config, task, folder, frozen_config, place, mixture, watchdog.note).run(stop)
 
 
 def _check_same_config(place: Place, frozen_config: str) -> None:
@@ -96,8 +103,11 @@ class Trainer:
         frozen_config: str,
         place: Place,
         mixture: Mixture | None = None,
+        note: Callable[[str], None] = lambda doing: None,
     ) -> None:
-        self.config, self.task, self.folder, self.place = config, task, folder, place
+        """``note`` hears of all progress, and what comes next."""
+        self.config, self.task, self.folder, self.place, self.note = config, task, folder, place, note
+        note("making the model")
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # deterministic cuBLAS asks for it
         if config.run.num_threads:
             torch.set_num_threads(config.run.num_threads)
@@ -171,6 +181,7 @@ class Trainer:
                     self._go_back(found, metrics, progress)
                 self._warn(self.saver.result(), progress)
                 collect(self.step)
+                self.note(f"after step {self.step}")
 
     def _side_work(
         self,
@@ -259,6 +270,7 @@ class Trainer:
         return self.interval.work.utilisation(self.interval.seconds, peak)
 
     def _evaluate(self, metrics: MetricsWriter | NoMetrics, progress: Progress) -> None:
+        self.note(f"evaluating after step {self.step}")
         config, start = self.config, time.perf_counter()
         num_passes = sorted({config.sleep.num_passes, *config.eval.num_passes})
         results = evaluate(
@@ -283,6 +295,7 @@ class Trainer:
         """
         if self.guard.in_a_row and self.step < self.config.optim.num_steps:
             return
+        self.note(f"saving step {self.step}")
         self._check_replicas()
         metrics.sync()
         trainer = {
@@ -292,6 +305,7 @@ class Trainer:
             "data": self._data_states(),
         }
         self._warn(self.saver.wait(), progress)
+        self.note(f"saving step {self.step}")  # the save before it is over
         self.saver.save(self.step, self.backend.slices(), self.documents | {"trainer": trainer})
 
     def _data_states(self) -> list[dict[str, Any]]:
@@ -302,6 +316,7 @@ class Trainer:
     def _last_save(self, metrics: MetricsWriter | NoMetrics, progress: Progress) -> None:
         """Returns when the last step is on the disk. At the end of the run it raises CheckpointError if that
         fails; before, a full disk costs the checkpoint and not the run."""
+        self.note("waiting for the last save")
         failure = self.saver.wait()
         if self.step == self.config.optim.num_steps and failure:
             raise failure
@@ -312,6 +327,7 @@ class Trainer:
             except ReplicasDifferError as found:
                 progress.line(f"warning: {found}; it is not saved")
             self._warn(self.saver.wait(), progress)
+        self.note("ending")
 
     def _check_replicas(self) -> None:
         found = self.backend.check_replicas()
@@ -339,22 +355,24 @@ class Trainer:
             return False
         require_same_run(found, self.documents, self.config.run.allow_config_change)
         try:
+            require_fitting_moments(found)
             self.backend.load(found)
-        except (KeyError, ValueError) as error:
+            saved = found.documents["trainer"]
+            self.guard.load(saved["guard"])
+            self.interval.load(saved["interval"])
+            self.stream.load(saved["data"], found.step)
+        except ConfigError:
+            raise
+        except (KeyError, TypeError, ValueError) as error:
             raise ConfigError(
                 f"{found.path} does not fit this run: {error}; choose another run.id"
             ) from error
         self.step = self.saver.committed_step = found.step
-        saved = found.documents["trainer"]
-        self.guard.load(saved["guard"])
-        self.interval.load(saved["interval"])
-        self.stream.load(saved["data"], self.step)
         return True
 
 
 def _due(step: int, every_steps: int) -> bool:
     return every_steps > 0 and step % every_steps == 0
-            require_fitting_moments(found)
 
 
 def _shown(row: dict[str, Any]) -> dict[str, str]:

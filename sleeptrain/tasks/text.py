@@ -4,6 +4,7 @@ import gzip
 import hashlib
 import json
 import sysconfig
+from abc import abstractmethod
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple, get_args
@@ -83,12 +84,12 @@ class FileTokenizer:
         return counts
 
 
-class Text(Task):
-    """Crops of the documents of a folder, each document followed by one end-of-document token (the last id).
+class TextCrops(Task):
+    """Crops of the documents of a split, each document followed by one end-of-document token (the last id).
 
     Training crops start anywhere; validation and test are cut into consecutive crops, and index i is crop i
-    (modulo their number). There is one difficulty, 0. Splits: each file by its bytes; equal files count once.
-    A crop may hold several documents; what the model remembers is not reset between them.
+    (modulo their number). There is one difficulty, 0. A crop may hold several documents; what the model
+    remembers is not reset between them. Where the documents come from is the subclass's affair.
 
     Documents "ab" and "c" as bytes, with 256 for the end of a document, and the crops of 2 tokens at 0 and 2:
 
@@ -109,10 +110,12 @@ class Text(Task):
         self._tokenizer = ByteTokenizer() if is_bytes else FileTokenizer(Path(config.tokenizer))
         self.vocab_size = len(self._tokenizer.bytes_per_id)
         self.difficulties = (0,)
-        self._documents = _find_documents(config)
         self._tokens_of: dict[Split, Tokens] = {}
-        for split in get_args(Split):  # no token is shorter than a byte: says so early where it is certain
-            self._require_example(split, sum(d.num_bytes + 1 for d in self._documents[split]))
+
+    @abstractmethod
+    def read_tokens(self, split: Split) -> Tokens:
+        """All tokens of a split. Raises ConfigError if they are too few for one example or lose part of the
+        text."""
 
     def examples(
         self, seed: int, indices: Ints, split: Split = "train", difficulty: int | None = None
@@ -143,6 +146,36 @@ class Text(Task):
     def num_examples(self, split: Split) -> int | None:
         return None if split == "train" else self._num_crops(split)
 
+    @property
+    def tokenizer_sha256(self) -> str:
+        """Of the tokenizer.json; empty for bytes."""
+        return self._tokenizer.sha256
+
+    @property
+    def tokenizer_name(self) -> str:
+        """What a resumed run must find the same: the hash of the tokenizer, or 'bytes'."""
+        return self.tokenizer_sha256 or self.config.tokenizer
+
+    def tokens(self, split: Split) -> Tokens:
+        """All tokens of a split, read at the first call."""
+        if split not in self._tokens_of:
+            self._tokens_of[split] = self.read_tokens(split)
+        return self._tokens_of[split]
+
+    def _num_crops(self, split: Split) -> int:
+        return (len(self.tokens(split)) - 1) // self.sequence_tokens
+
+
+class Text(TextCrops):
+    """The documents are the files of a folder. Each belongs to one split by its bytes; equal files count
+    once."""
+
+    def __init__(self, config: TextConfig) -> None:
+        super().__init__(config)
+        self._documents = _find_documents(config)
+        for split in get_args(Split):  # no token is shorter than a byte: says so early where it is certain
+            self._require_example(split, sum(d.num_bytes + 1 for d in self._documents[split]))
+
     def fingerprint(self) -> dict[str, str | int]:
         documents = [d for split in get_args(Split) for d in self._documents[split]]
         all_hashes = "".join(sorted(d.sha256 for d in documents))
@@ -152,13 +185,8 @@ class Text(Task):
             "num_files": len(documents),
             "num_bytes": sum(d.num_bytes for d in documents),
             "files_sha256": hashlib.sha256(all_hashes.encode()).hexdigest(),
-            "tokenizer": self._tokenizer.sha256 or self.config.tokenizer,
+            "tokenizer": self.tokenizer_name,
         }
-
-    @property
-    def tokenizer_sha256(self) -> str:
-        """Of the tokenizer.json; empty for bytes."""
-        return self._tokenizer.sha256
 
     def documents(self, split: Split) -> list[Document]:
         """In an order that depends on their bytes alone."""
@@ -179,20 +207,11 @@ class Text(Task):
         compressed_bits = 8 * sum(len(gzip.compress(text, 9)) for text in texts)
         return {"bits_per_byte of gzip -9": compressed_bits / sum(map(len, texts))}
 
-    def tokens(self, split: Split) -> Tokens:
-        """All tokens of a split, read at the first call.
-
-        Raises ConfigError if they are too few for one example or lose part of the text.
-        """
-        if split not in self._tokens_of:
-            tokens = join_documents([d.path.read_bytes() for d in self._documents[split]], self._tokenizer)
-            self._require_example(split, len(tokens))
-            self._require_bytes(split, tokens)
-            self._tokens_of[split] = tokens
-        return self._tokens_of[split]
-
-    def _num_crops(self, split: Split) -> int:
-        return (len(self.tokens(split)) - 1) // self.sequence_tokens
+    def read_tokens(self, split: Split) -> Tokens:
+        tokens = join_documents([d.path.read_bytes() for d in self._documents[split]], self._tokenizer)
+        self._require_example(split, len(tokens))
+        self._require_bytes(split, tokens)
+        return tokens
 
     def _require_example(self, split: Split, num_tokens: int) -> None:
         if num_tokens <= self.sequence_tokens:

@@ -15,7 +15,13 @@ from sleeptrain.tasks import Task
 Sample = tuple[dict[str, Any], Tokens]
 
 
-def write_set(folder: Path, shards: Iterable[Sequence[Sample]], task: Task, kind: str = "examples") -> Index:
+def write_set(
+    folder: Path,
+    shards: Iterable[Sequence[Sample]],
+    task: Task,
+    kind: str = "examples",
+    split: str = "train",
+) -> Index:
     """A set with these samples, in the order given."""
     folder.mkdir(parents=True)
     entries, first = [], 0
@@ -29,7 +35,7 @@ def write_set(folder: Path, shards: Iterable[Sequence[Sample]], task: Task, kind
         entries.append(ShardEntry(name, len(samples), tokens, len(data), hashlib.sha256(data).hexdigest()))
     index = Index(
         kind=kind,  # type: ignore[arg-type]
-        split="train",
+        split=split,
         sequence_tokens=task.sequence_tokens if kind == "examples" else 0,
         vocab_size=task.vocab_size,
         task=task.fingerprint(),
