@@ -51,6 +51,7 @@ def open_mixture(run: Config, task: Task) -> Mixture | None:
         _require_same_task(url, index, task)
     if len({index.kind for index in indexes}) > 1:
         raise ConfigError("data.shards mixes sets of examples with sets of documents; use one kind in a run")
+    _require_documents(run, indexes[0])
     length = run.window_tokens
     if indexes[0].kind == "documents" and task.sequence_tokens % length:
         raise ConfigError(
@@ -62,7 +63,7 @@ def open_mixture(run: Config, task: Task) -> Mixture | None:
         urls=config.shards,
         indexes=indexes,
         shares=tuple(weight / sum(weights) for weight in weights),
-        num_streams=config.streams,
+        num_streams=config.batch_sequences if run.sleep.carry_between_batches else config.streams,
         seed=run.run.seed,
         vocab_size=task.vocab_size,
         row_tokens=task.sequence_tokens,
@@ -70,6 +71,22 @@ def open_mixture(run: Config, task: Task) -> Mixture | None:
         skips_bad_shards=config.on_bad_shard == "skip",
         cache=(Path(config.cache_dir), int(config.cache_gib * 2**30)) if config.cache_dir else None,
     )
+
+
+def _require_documents(run: Config, index: Index) -> None:
+    """What is carried from row to row is the memory of a long document: each row is a stream of its own."""
+    if not run.sleep.carry_between_batches:
+        return
+    if index.kind != "documents":
+        raise ConfigError(
+            "sleep.carry_between_batches=true goes on with long documents, and data.shards holds examples; "
+            "set it to false, or give a set of documents"
+        )
+    if run.data.num_streams not in (None, run.data.batch_sequences):
+        raise ConfigError(
+            f"data.num_streams={run.data.num_streams} does not go with sleep.carry_between_batches=true: "
+            "each row of a batch is a stream then; leave it out"
+        )
 
 
 def _require_same_task(url: str, index: Index, task: Task) -> None:

@@ -1,5 +1,6 @@
 """Rows from shards: every sample of an epoch once, resumable at each row; documents packed without a loss."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -188,6 +189,24 @@ def test_samples_that_are_no_examples_are_refused(task: Task, tmp_path: Path, wr
     write_set(tmp_path / "set", [[(meta, tokens)]], task)
     with pytest.raises(ShardError, match=r"set-000000.tar: .*000000000"):
         rows_of(mixture_of(task, tmp_path / "set")).take()
+
+
+def test_carried_rows_are_streams_of_documents(task: Task, tmp_path: Path) -> None:
+    carry = SleepConfig(window_tokens=4, carry_between_batches=True)
+    mixture, _ = documents(tmp_path)
+    text = TextConfig(folder=str(tmp_path / "texts"), sequence_tokens=16)
+    data = DataConfig(shards=mixture.urls, batch_sequences=24)
+    opened = open_mixture(Config(sleep=carry, task=text, data=data), make_task(text))
+    assert opened is not None
+    assert opened.num_streams == 24
+    wrong = replace(data, num_streams=4)
+    with pytest.raises(ConfigError, match="num_streams=4 does not go with"):
+        open_mixture(Config(sleep=carry, task=text, data=wrong), make_task(text))
+    examples_set(tmp_path / "examples", task, 1, 4)
+    data = DataConfig(shards=(str(tmp_path / "examples"),), batch_sequences=24)
+    run = Config(sleep=replace(carry, window_tokens=6), task=task.config, data=data)
+    with pytest.raises(ConfigError, match=r"data.shards holds examples"):
+        open_mixture(run, task)
 
 
 def test_sets_of_another_task_are_refused(task: Task, tmp_path: Path) -> None:
