@@ -5,7 +5,8 @@ the bytes of the files alone; ours, which parses a shard as a whole and hands ou
 sample as bytes; the same with the SHA-256 of every shard compared first; the same with both decoded; ours as
 a run reads, hashed and parsed in threads, one shard ahead; webdataset, which hands out the same bytes;
 webdataset with .decode(); and Python's tarfile, every member read. But for the threads all is on one thread.
-Ratios are rates: ours over the peer named.
+Ratios are rates: ours over the peer named. At the end stands what streaming costs a training step
+(``streamed_step.py``).
 """
 
 import tarfile
@@ -19,6 +20,7 @@ from typing import Any
 
 import measure
 import numpy as np
+import streamed_step
 
 from sleeptrain.data.fetch import ShardReader, read_verified
 from sleeptrain.data.index import Index, ShardEntry
@@ -155,6 +157,7 @@ def main() -> None:
         print(f"ratio {SIDES[ours]} / {SIDES[peer]}: {ratio}")
         if bar and not options.quick:
             measure.judge(f"{SIDES[ours]} / {SIDES[peer]}", ratio.wall, at_least=bar)
+    streamed_step.report(options)
 
 
 if __name__ == "__main__":
