@@ -111,7 +111,8 @@ def open_place(config: Config, vocab_size: int, sequence_tokens: int) -> Iterato
     from sleeptrain.parallel.topology import join, leave
 
     check_degrees(config, vocab_size, sequence_tokens, world_size_given())
-    topology = join(config.parallel, device)
+    hang_seconds = config.run.hang_timeout_seconds  # the watchdog is first to name who hangs
+    topology = join(config.parallel, device, timeout_seconds=max(600, hang_seconds + 60))
     with failing_together(topology.rank):
         yield topology
         leave()

@@ -5,6 +5,7 @@ MASTER_PORT. Ranks count tensor first, then data, then pipeline, as megatron-cor
 talk most are neighbours.
 """
 
+import math
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -113,17 +114,18 @@ def join(config: ParallelConfig, device: torch.device, timeout_seconds: float = 
             ("MASTER_PORT", "0"),
         ):
             os.environ.setdefault(name, value)
-        dist.init_process_group(backend, timeout=timedelta(seconds=timeout_seconds))
+        os.environ.setdefault("TORCH_FR_BUFFER_SIZE", "2000")  # the flight recorder, for the watchdog
+        _meet(backend, timedelta(seconds=timeout_seconds))
     check_world(config, dist.get_world_size())
     parallel_state.destroy_model_parallel()
     parallel_state.initialize_model_parallel(
         config.tensor_size,
         config.pipeline_size,
         create_gloo_process_groups=False,
-        distributed_timeout_minutes=max(1, round(timeout_seconds / 60)),
+        distributed_timeout_minutes=math.ceil(timeout_seconds / 60),
     )
     in_ends = parallel_state.is_rank_in_embedding_group(ignore_virtual=True)
-    host = dist.new_group(backend="gloo")
+    host = dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout_seconds))
     return Topology(
         device=torch.device("cuda", torch.cuda.current_device()) if device.type == "cuda" else device,
         tensor=parallel_state.get_tensor_model_parallel_group(),
@@ -132,16 +134,26 @@ def join(config: ParallelConfig, device: torch.device, timeout_seconds: float = 
         model=parallel_state.get_model_parallel_group(),
         ends=parallel_state.get_embedding_group() if in_ends else None,
         host=host,
-        model_host=_over_gloo(parallel_state.get_model_parallel_group(), host),
+        model_host=_over_gloo(parallel_state.get_model_parallel_group(), host, timeout_seconds),
     )
 
 
-def _over_gloo(group: Group, host: Group) -> Group:
+def _meet(backend: str, timeout: timedelta) -> None:
+    """torchrun keeps one store over all attempts of a group: each has its own part, where no address and no
+    failure of the one before is found."""
+    store, rank, world_size = next(dist.rendezvous("env://", timeout=timeout))
+    store.set_timeout(timeout)
+    attempt = dist.PrefixStore(f"attempt_{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
+    dist.init_process_group(backend, store=attempt, rank=rank, world_size=world_size, timeout=timeout)
+
+
+def _over_gloo(group: Group, host: Group, timeout_seconds: float) -> Group:
     """The same processes as ``group``. All processes call it, each with a group that it is in."""
     found: list[list[int]] = [[]] * dist.get_world_size()
     dist.all_gather_object(found, sorted(dist.get_process_group_ranks(group)), group=host)
     groups = [list(ranks) for ranks in sorted({tuple(ranks) for ranks in found})]
-    return dist.new_subgroups_by_enumeration(groups, backend="gloo")[0]
+    timeout = timedelta(seconds=timeout_seconds)
+    return dist.new_subgroups_by_enumeration(groups, timeout=timeout, backend="gloo")[0]
 
 
 def leave() -> None:
