@@ -19,6 +19,7 @@ from sleeptrain.checkpoint.slices import Box, Range, flaw, num_elements
 from sleeptrain.schema import RunError, flatten
 
 FILE = "manifest.json"
+FILE_NAME = re.compile(r"\w+\.(json|safetensors)", re.ASCII)
 FORMAT = "sleeptrain-checkpoint"
 VERSION = 2
 ASIDE = ".old_"  # prefix of a checkpoint that was moved aside while its successor takes its name
@@ -212,7 +213,7 @@ def from_json(body: dict[str, Any]) -> Contents:
     """The way back; an exception of any kind where ``body`` does not have that form."""
     if body["piece_bytes"] != PIECE_BYTES:
         raise ValueError(f"piece_bytes is {body['piece_bytes']}, and this program reads {PIECE_BYTES}")
-    files = {name: _file_entry(entry) for name, entry in body["files"].items()}
+    files = {name: _file_entry(name, entry) for name, entry in body["files"].items()}
     groups = {
         group: {name: _tensor_entry(entry, files) for name, entry in tensors.items()}
         for group, tensors in body["groups"].items()
@@ -253,7 +254,9 @@ def _tail(text: bytes) -> bytes:
     return f',\n "sha256": "{hashlib.sha256(text).hexdigest()}"\n}}\n'.encode()
 
 
-def _file_entry(entry: dict[str, Any]) -> FileEntry:
+def _file_entry(name: str, entry: dict[str, Any]) -> FileEntry:
+    if not FILE_NAME.fullmatch(name):
+        raise ValueError(f"no checkpoint has a file {name!r}")
     found = FileEntry(**entry)
     if not 0 <= _integer(found.head_bytes) <= min(_integer(found.size_bytes), LARGEST_TEXT_BYTES):
         raise ValueError(f"head_bytes is {found.head_bytes}")

@@ -1,4 +1,5 @@
 import json
+import os
 
 import pytest
 
@@ -51,6 +52,15 @@ def test_a_tensor_is_one_line(folder):
     )
 
 
+def replace(path, make):
+    path.unlink()
+    make(path)
+
+
+def link_to_zero(path):
+    path.symlink_to("/dev/zero")
+
+
 @pytest.mark.parametrize(
     ("damage", "sentence"),
     [
@@ -60,7 +70,26 @@ def test_a_tensor_is_one_line(folder):
         (lambda f: (f / "data.json").write_bytes(b" " * 9), "is too long: expected 8 bytes, found 9"),
         (lambda f: (f / "data.json").write_bytes(b'{"a": 2}'), "data.json is damaged: its checksum differs"),
         (lambda f: (f / "extra.bin").touch(), "extra.bin is not part of the checkpoint"),
-        (lambda f: (f / "extra").mkdir(), "step_00000012/extra is not part of the checkpoint"),
+        (
+            lambda f: (f / "extra").mkdir(),
+            "step_00000012/extra is not part of the checkpoint: it is no plain",
+        ),
+        (
+            lambda f: replace(f / "data.json", os.mkfifo),
+            "data.json is not part of the checkpoint: it is no plain",
+        ),
+        (
+            lambda f: replace(f / "manifest.json", link_to_zero),
+            "manifest.json is not part of the checkpoint: it",
+        ),
+        (
+            lambda f: os.truncate(f / "manifest.json", 2**40),
+            "manifest.json is damaged: it is longer than any",
+        ),
+        (
+            lambda f: (f / "manifest.json").write_bytes(b"[" * 100_000),
+            "manifest.json is damaged: it is not JSON",
+        ),
         (lambda f: (f / "manifest.json").unlink(), "manifest.json is missing"),
         (
             lambda f: (f / "manifest.json").write_bytes(b""),
@@ -113,10 +142,32 @@ def test_a_slice_that_cannot_be_is_refused_although_the_hash_of_the_manifest_is_
     assert "step_00000012/manifest.json is malformed" in refusal(folder)
 
 
-@pytest.mark.parametrize("change", [{"dtype": "object"}, {"shape": [3, 2]}, {"shape": None}, {"slices": []}])
+@pytest.mark.parametrize(
+    "change",
+    [
+        *({"dtype": "object"}, {"shape": [3, 2]}, {"shape": None}, {"slices": []}),
+        *({"shape": [0, -1], "slices": []}, {"shape": [0, 2**70], "slices": []}),
+    ],
+)
 def test_a_tensor_that_cannot_be_is_refused(folder, change):
     body = {"step": 12, **manifest.to_json(contents())}
     body["groups"]["model"]["w"] |= change
+    (folder / manifest.FILE).write_bytes(manifest.seal(body))
+    assert "step_00000012/manifest.json is malformed" in refusal(folder)
+
+
+@pytest.mark.parametrize("name", ["../data.json", "model.pt", ".metadata", "a/b.json", ".json"])
+def test_a_file_that_no_checkpoint_has_is_refused(folder, name):
+    body = {"step": 12, **manifest.to_json(contents())}
+    body["files"][name] = body["files"]["data.json"]
+    (folder / manifest.FILE).write_bytes(manifest.seal(body))
+    assert f"no checkpoint has a file '{name}'" in refusal(folder)
+
+
+@pytest.mark.parametrize("change", [{"head_bytes": 25}, {"head_bytes": -1}, {"size_bytes": 2.0}, {"mode": 1}])
+def test_a_file_entry_that_cannot_be_is_refused(folder, change):
+    body = {"step": 12, **manifest.to_json(contents())}
+    body["files"][HALF.file] |= change
     (folder / manifest.FILE).write_bytes(manifest.seal(body))
     assert "step_00000012/manifest.json is malformed" in refusal(folder)
 

@@ -1,6 +1,7 @@
 """Asked for by name, alone or with ``tests/data``, this folder runs whole: the longer tests too, which a run
 of all tests leaves to ``-m more``."""
 
+import shutil
 from pathlib import Path
 
 import pytest
@@ -28,3 +29,9 @@ def reference(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("reference") / "run"
     assert train(folder) == 0
     return folder
+
+
+@pytest.fixture
+def run(reference: Path, tmp_path: Path) -> Path:
+    """A copy of it, to be changed."""
+    return Path(shutil.copytree(reference, tmp_path / "run"))

@@ -22,6 +22,8 @@ import torch
 import torch._dynamo  # else each child would import it
 from e2e_runs import TINY
 
+from sleeptrain.checkpoint import store
+from sleeptrain.checkpoint.manifest import step_name
 from sleeptrain.data.batch import Batch
 from sleeptrain.engine import trainer as engine
 from sleeptrain.engine.trainer import Trainer
@@ -71,6 +73,7 @@ class Process:
             _run(folder, settings, sabotage, Moment(descriptor))
         os.close(descriptor)
         self.exit_code: int | None = None
+        self.peak_bytes = 0  # of memory, known at its end
 
     def await_moment(self) -> None:
         """Returns as soon as the child tells it; raises AssertionError if it ends or hangs before."""
@@ -86,9 +89,9 @@ class Process:
         """The exit code, or minus the signal that ended it; kills what does not end."""
         deadline = time.monotonic() + PATIENCE_SECONDS
         while self.exit_code is None:
-            pid, status = os.waitpid(self.pid, os.WNOHANG)
+            pid, status, used = os.wait4(self.pid, os.WNOHANG)
             if pid:
-                self.exit_code = os.waitstatus_to_exitcode(status)
+                self.exit_code, self.peak_bytes = os.waitstatus_to_exitcode(status), used.ru_maxrss * 2**10
                 os.close(self._told)
             elif time.monotonic() > deadline:
                 self.send(signal.SIGKILL)
@@ -124,6 +127,25 @@ def samples(folder: Path) -> list[tuple[int, list[int]]]:
 def committed_steps(folder: Path) -> list[int]:
     """Of the checkpoints in a run folder."""
     return sorted(int(path.name.split("_")[1]) for path in (folder / "checkpoints").glob("step_*"))
+
+
+def newest(folder: Path) -> Path:
+    """The last checkpoint of a finished run."""
+    return folder / "checkpoints" / step_name(NUM_STEPS)
+
+
+def earlier(folder: Path) -> Path:
+    """The one before it."""
+    [found] = set((folder / "checkpoints").iterdir()) - {newest(folder)}
+    return found
+
+
+def found_beside(checkpoints_dir: Path) -> tuple[int, list[str]]:
+    """The step of the checkpoint that a run would go on from, and what is said of newer ones."""
+    said: list[str] = []
+    found = store.find_latest(checkpoints_dir, said.append)
+    assert found is not None
+    return found.step, said
 
 
 def at_step(step: int) -> Sabotage:
