@@ -60,14 +60,14 @@ def fail_on_rank_1() -> None:
 
 def hang_on_rank_0_fail_on_rank_1() -> None:
     fail_on_rank_1()
-    batch_of = TrainStream.batch
+    train_step = Trainer.train_step
 
-    def batch(stream: TrainStream, step: int):
-        if step == 2 and os.environ["RANK"] == "0":
+    def step(trainer: Trainer):
+        if trainer.step == 2 and os.environ["RANK"] == "0":
             time.sleep(TIMEOUT_SECONDS)
-        return batch_of(stream, step)
+        return train_step(trainer)
 
-    TrainStream.batch = batch
+    Trainer.train_step = step
 
 
 @pytest.mark.parametrize("degrees", ["dp2", "pp2"])
