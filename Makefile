@@ -8,7 +8,7 @@ export PATH := $(CURDIR)/.venv/bin:$(PATH)
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help venv lint test test-more pretrain bench
+.PHONY: help venv lint test test-more soak pretrain bench
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' Makefile
@@ -22,13 +22,16 @@ lint: .venv/.stamp  ## style, types and import layers
 	mypy
 	lint-imports
 
-test test-more: export OMP_NUM_THREADS := 1
+test test-more soak: export OMP_NUM_THREADS := 1
 
 test: .venv/.stamp  ## the fast tests
 	python -m pytest $(ARGS)
 
 test-more: .venv/.stamp-bench  ## the longer tests of CI; brings the peers of the benchmarks
 	python -m pytest -m "more and not slow and not gpu" $(ARGS)
+
+soak: .venv/.stamp  ## many more kills than CI has time for: an hour or more
+	python -m pytest -m "slow and not gpu" tests/faults $(ARGS)
 
 pretrain: .venv/.stamp  ## train the quickstart experiment in runs/
 	python -m sleeptrain.pretrain experiment=quickstart $(ARGS)

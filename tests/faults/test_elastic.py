@@ -49,7 +49,9 @@ def reference(sets: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def train(folder: Path, num_ranks: int, *settings: str, sabotage: Callable[[int], None] | None = None) -> list[int]:
+def train(
+    folder: Path, num_ranks: int, *settings: str, sabotage: Callable[[int], None] | None = None
+) -> list[int]:
     """Exit codes of the ranks. When one is killed, its launcher kills the others."""
     meet = folder.parent / f"meet_{time.monotonic_ns()}"
     running = {_fork(rank, num_ranks, meet, folder, settings, sabotage): rank for rank in range(num_ranks)}
@@ -125,7 +127,9 @@ def rows_of(folder: Path) -> list[tuple[int, float, int]]:
     return [(row["step"], row["train/loss"], row["train/sample_order"]) for row in rows]
 
 
-@pytest.mark.parametrize("seed", range(20))
+@pytest.mark.parametrize(
+    "seed", [*range(20), *(pytest.param(s, marks=pytest.mark.slow) for s in range(20, 100))]
+)
 def test_killed_ranks_read_and_learn_as_if_nothing_had_happened(
     seed: int, sets: str, reference: Path, tmp_path: Path
 ) -> None:
@@ -186,5 +190,7 @@ def test_another_n_is_refused_or_told(sets: str, tmp_path: Path) -> None:
     assert train(folder, 1, sets, other) == [2]
     assert "sleep.num_passes: saved 2, now 3" in (tmp_path / "out_0").read_text()
     assert train(folder, 1, sets, other, "run.allow_config_change=true") == [0]
-    assert "going on with other settings, sleep.num_passes: saved 2, now 3" in (tmp_path / "out_0").read_text()
+    assert (
+        "going on with other settings, sleep.num_passes: saved 2, now 3" in (tmp_path / "out_0").read_text()
+    )
     assert read_metrics(folder)[-2]["train/num_passes"] == 3
