@@ -1,6 +1,6 @@
 """Held-out loss and accuracy by difficulty and by N."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -24,6 +24,10 @@ class EvalResult(NamedTuple):
     metrics: dict[str, float]
 
 
+class StoppedError(Exception):
+    """A stop was asked for before an evaluation was over."""
+
+
 def evaluate(
     backend: Backend,
     task: Task,
@@ -33,9 +37,10 @@ def evaluate(
     num_examples: int,
     batch_sequences: int,
     window_tokens: int,
+    is_stopped: Callable[[], bool] = lambda: False,
 ) -> list[EvalResult]:
     """Every pair of N and difficulty on the same examples; a split that ends gives at most all of its own,
-    spread evenly."""
+    spread evenly. Raises StoppedError once ``is_stopped``, which is asked before each batch."""
     total = task.num_examples(split) or num_examples
     count = min(num_examples, total)
     indices = np.arange(count) * total // count
@@ -49,6 +54,8 @@ def evaluate(
             scores: dict[str, list[np.ndarray]] = {}
             loss_sum, num_targets = 0.0, 0
             for examples in batches:
+                if is_stopped():
+                    raise StoppedError
                 batch = make_batch(examples, window_tokens)
                 output = backend.evaluate(batch, n)
                 loss_sum += float(output.loss_sum)

@@ -19,7 +19,7 @@ from sleeptrain.data.batch import Batch
 from sleeptrain.data.corpus import open_task
 from sleeptrain.data.mixture import Mixture, open_mixture
 from sleeptrain.data.stream import ORDER_BITS, TrainStream
-from sleeptrain.engine.evaluation import as_row, as_table, check_difficulties, evaluate
+from sleeptrain.engine.evaluation import StoppedError, as_row, as_table, check_difficulties, evaluate
 from sleeptrain.engine.figures import draw_learning_curve
 from sleeptrain.engine.garbage import collected_between_steps
 from sleeptrain.engine.guard import SkipGuard
@@ -132,6 +132,7 @@ class Trainer:
         kept = (config.checkpoint.keep_last, config.checkpoint.keep_every_steps)
         self.saver = Saver(folder / "checkpoints", *kept, place.rank, place.world_size, place.barrier)
         self.step = 0
+        self.owes_evaluation = False  # a stop came amid that of this step: the resumed run makes it
         data = task.fingerprint() | (mixture.fingerprint() if mixture else {})
         self.documents = {"config": to_dict(config), "data": data, "versions": versions()}
         self._resume()
@@ -142,7 +143,6 @@ class Trainer:
     def run(self, stop: StopSignal) -> int:
         """The loop. Returns 0 at the end, EXIT_REQUEUE after a stop signal."""
         config, num_steps = self.config, self.config.optim.num_steps
-        metrics = MetricsWriter(self.folder, config) if self.place.rank == 0 else NoMetrics()
         progress = Progress(num_steps, self.step)
         progress.line(f"run {config.run.id}: step {self.step} of {num_steps} in {self.folder}")
         try:
@@ -154,7 +154,7 @@ class Trainer:
             self.stream.close()
             progress.close()
             metrics.close()
-        if self.step < num_steps:
+        if not self._is_done():
             reason = stop.requested or "a signal to another process"
             print(f"stopped by {reason}; the same command goes on from step {self.saver.committed_step}")
             return EXIT_REQUEUE
@@ -166,31 +166,30 @@ class Trainer:
 
     def _loop(self, stop: StopSignal, metrics: MetricsWriter | NoMetrics, progress: Progress) -> None:
         """Steps until the last one is made or a stop is asked for."""
-        first, num_steps = self.step + 1, self.config.optim.num_steps
+        first = self.step + 1
         with collected_between_steps() as collect:
-            while self.step < num_steps and not self.place.any(bool(stop.requested)):
-                memory_norms = self.train_step()
-                if self.step == first:  # now all moments are there
-                    self.saver.prepare(self.backend.slices())
-                if self.guard.warning:
-                    progress.line(self.guard.warning)
-                    self.guard.check()
+    def _is_done(self) -> bool:
+        return self.step == self.config.optim.num_steps and not self.owes_evaluation
+
+            while not self._is_done() and not self.place.any(bool(stop.requested)):
                 try:
-                    self._side_work(memory_norms, metrics, progress)
+                    if not self.owes_evaluation:
+                        self._train_step(metrics, progress)
+                    if self.step == first:  # now all moments are there
+                        self.saver.prepare(self.backend.slices())
+                    self._evaluate_and_save(stop, metrics, progress)
                 except ReplicasDifferError as found:
                     self._go_back(found, metrics, progress)
                 self._warn(self.saver.result(), progress)
                 collect(self.step)
                 self.note(f"after step {self.step}")
 
-    def _side_work(
-        self,
-        memory_norms: dict[int, tuple[float, float]],
-        metrics: MetricsWriter | NoMetrics,
-        progress: Progress,
-    ) -> None:
-        """What is due after a step."""
-        config, is_last = self.config, self.step == self.config.optim.num_steps
+    def _train_step(self, metrics: MetricsWriter | NoMetrics, progress: Progress) -> None:
+        """One step, and what is said of it."""
+        memory_norms, config = self.train_step(), self.config
+        if self.guard.warning:
+            progress.line(self.guard.warning)
+            self.guard.check()
         if _due(self.step, config.run.check_replicas_every_steps):
             self._check_replicas()
         figures = None
@@ -199,15 +198,23 @@ class Trainer:
             metrics.write(self.step, row)
             figures = _shown(row)
         progress.update(self.step, figures)
-        if _due(self.step, config.eval.every_steps) or is_last:
-            self._evaluate(metrics, progress)
-        if _due(self.step, config.checkpoint.every_steps) or is_last:
+        self.owes_evaluation = self._is_due(config.eval.every_steps)
+
+    def _evaluate_and_save(
+        self, stop: StopSignal, metrics: MetricsWriter | NoMetrics, progress: Progress
+    ) -> None:
+        if self.owes_evaluation:
+            self._evaluate(stop, metrics, progress)
+        if self._is_due(self.config.checkpoint.every_steps) and not self.owes_evaluation:
             self._save(metrics, progress)
 
     def train_step(self) -> dict[int, tuple[float, float]]:
         """One optimizer step; returns the norms of S by pass on steps whose row is due."""
         config, step = self.config, self.step
         start = time.perf_counter()
+    def _is_due(self, every_steps: int) -> bool:
+        return _due(self.step, every_steps) or self.step == self.config.optim.num_steps
+
         batch = self.place.from_reader(lambda: self.stream.batch(step))
         self.interval.data_seconds += time.perf_counter() - start
         num_passes = num_passes_at(step, config.sleep, config.optim.num_steps, config.run.seed)
@@ -269,20 +276,19 @@ class Trainer:
             return {}
         return self.interval.work.utilisation(self.interval.seconds, peak)
 
-    def _evaluate(self, metrics: MetricsWriter | NoMetrics, progress: Progress) -> None:
+    def _evaluate(self, stop: StopSignal, metrics: MetricsWriter | NoMetrics, progress: Progress) -> None:
         self.note(f"evaluating after step {self.step}")
         config, start = self.config, time.perf_counter()
         num_passes = sorted({config.sleep.num_passes, *config.eval.num_passes})
-        results = evaluate(
-            self.backend,
-            self.task,
-            "validation",
-            num_passes,
-            config.eval.difficulties,
-            config.eval.num_examples,
-            config.eval.batch_sequences,
-            config.sleep.window_tokens,
-        )
+        try:
+            sizes = (config.eval.num_examples, config.eval.batch_sequences, config.sleep.window_tokens)
+            asked = (num_passes, config.eval.difficulties, *sizes)
+            results = evaluate(
+                self.backend, self.task, "validation", *asked, lambda: self.place.any(bool(stop.requested))
+            )
+        except StoppedError:
+            return
+        self.owes_evaluation = False
         row = as_row(results, self.task.difficulty_name, config.sleep.num_passes)
         metrics.write(self.step, row | {"eval_seconds": time.perf_counter() - start})
         progress.line(f"held out, after step {self.step}:\n{as_table(results, self.task.difficulty_name)}")
@@ -307,6 +313,7 @@ class Trainer:
         self._warn(self.saver.wait(), progress)
         self.note(f"saving step {self.step}")  # the save before it is over
         self.saver.save(self.step, self.backend.slices(), self.documents | {"trainer": trainer})
+            "owes_evaluation": self.owes_evaluation,
 
     def _data_states(self) -> list[dict[str, Any]]:
         """Of all replicas, in their order."""
@@ -365,6 +372,7 @@ class Trainer:
             raise
         except (KeyError, TypeError, ValueError) as error:
             raise ConfigError(
+            self.owes_evaluation = saved.get("owes_evaluation", False)
                 f"{found.path} does not fit this run: {error}; choose another run.id"
             ) from error
         self.step = self.saver.committed_step = found.step

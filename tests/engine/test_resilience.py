@@ -66,7 +66,7 @@ def test_a_holder_that_has_not_written_its_name_yet_still_refuses(tmp_path):
             pass
 
 
-@pytest.mark.parametrize("name", ["SIGTERM", "SIGUSR1", "SIGINT"])
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGUSR1", "SIGUSR2", "SIGINT"])
 def test_a_signal_sets_the_flag_and_the_old_handler_returns(name):
     number = signal.Signals[name]
     before = signal.getsignal(number)
