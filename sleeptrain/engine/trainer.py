@@ -164,13 +164,13 @@ class Trainer:
             print(f"wrote {path}")
         return 0
 
+    def _is_done(self) -> bool:
+        return self.step == self.config.optim.num_steps and not self.owes_evaluation
+
     def _loop(self, stop: StopSignal, metrics: MetricsWriter | NoMetrics, progress: Progress) -> None:
         """Steps until the last one is made or a stop is asked for."""
         first = self.step + 1
         with collected_between_steps() as collect:
-    def _is_done(self) -> bool:
-        return self.step == self.config.optim.num_steps and not self.owes_evaluation
-
             while not self._is_done() and not self.place.any(bool(stop.requested)):
                 try:
                     if not self.owes_evaluation:
@@ -208,13 +208,13 @@ class Trainer:
         if self._is_due(self.config.checkpoint.every_steps) and not self.owes_evaluation:
             self._save(metrics, progress)
 
+    def _is_due(self, every_steps: int) -> bool:
+        return _due(self.step, every_steps) or self.step == self.config.optim.num_steps
+
     def train_step(self) -> dict[int, tuple[float, float]]:
         """One optimizer step; returns the norms of S by pass on steps whose row is due."""
         config, step = self.config, self.step
         start = time.perf_counter()
-    def _is_due(self, every_steps: int) -> bool:
-        return _due(self.step, every_steps) or self.step == self.config.optim.num_steps
-
         batch = self.place.from_reader(lambda: self.stream.batch(step))
         self.interval.data_seconds += time.perf_counter() - start
         num_passes = num_passes_at(step, config.sleep, config.optim.num_steps, config.run.seed)
@@ -309,11 +309,11 @@ class Trainer:
             "guard": self.guard.state(),
             "interval": self.interval.state(),
             "data": self._data_states(),
+            "owes_evaluation": self.owes_evaluation,
         }
         self._warn(self.saver.wait(), progress)
         self.note(f"saving step {self.step}")  # the save before it is over
         self.saver.save(self.step, self.backend.slices(), self.documents | {"trainer": trainer})
-            "owes_evaluation": self.owes_evaluation,
 
     def _data_states(self) -> list[dict[str, Any]]:
         """Of all replicas, in their order."""
@@ -368,11 +368,11 @@ class Trainer:
             self.guard.load(saved["guard"])
             self.interval.load(saved["interval"])
             self.stream.load(saved["data"], found.step)
+            self.owes_evaluation = saved.get("owes_evaluation", False)
         except ConfigError:
             raise
         except (KeyError, TypeError, ValueError) as error:
             raise ConfigError(
-            self.owes_evaluation = saved.get("owes_evaluation", False)
                 f"{found.path} does not fit this run: {error}; choose another run.id"
             ) from error
         self.step = self.saver.committed_step = found.step
