@@ -143,6 +143,7 @@ class Trainer:
     def run(self, stop: StopSignal) -> int:
         """The loop. Returns 0 at the end, EXIT_REQUEUE after a stop signal."""
         config, num_steps = self.config, self.config.optim.num_steps
+        metrics = MetricsWriter(self.folder, config) if self.place.rank == 0 else NoMetrics()
         progress = Progress(num_steps, self.step)
         progress.line(f"run {config.run.id}: step {self.step} of {num_steps} in {self.folder}")
         try:
