@@ -1,20 +1,20 @@
-"""Metrics of a run: every row to ``metrics.jsonl``, and to Weights & Biases when asked. The only door to
-wandb."""
+"""Metrics of a run: every row to ``metrics.jsonl``, and from there to Weights & Biases when asked."""
 
 import contextlib
 import json
 import math
 import os
 import resource
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from sleeptrain.config import Config
+from sleeptrain.engine.mirror import Mirror
 from sleeptrain.engine.resilience import cut_metrics
-from sleeptrain.schema import ConfigError, RunError, to_dict
+from sleeptrain.schema import RunError
 
 FILE_NAME = "metrics.jsonl"
 
@@ -22,10 +22,11 @@ FILE_NAME = "metrics.jsonl"
 class MetricsWriter:
     """Appends rows; a row is a flat dict with its ``step``. Opening it continues what is there."""
 
-    def __init__(self, folder: Path, config: Config) -> None:
+    def __init__(self, folder: Path, config: Config, warn: Callable[[str], None] = print) -> None:
         self._path = folder / FILE_NAME
         self._file = self._path.open("a", encoding="utf-8")
-        self._wandb = start_wandb(folder, config) if config.log.wandb != "off" else None
+        self._warn = warn
+        self._mirror = Mirror(self._path, config) if config.log.wandb != "off" else None
 
     def write(self, step: int, row: dict[str, Any]) -> None:
         """JSON has no infinity: a value that is not finite is written as null."""
@@ -33,8 +34,7 @@ class MetricsWriter:
         with self._told_of_a_full_disk():
             self._file.write(json.dumps({"step": step, **row}, allow_nan=False) + "\n")
             self._file.flush()
-        if self._wandb is not None:
-            self._wandb.log(row, step=step)
+        self._tell_of_wandb()
 
     def sync(self) -> None:
         """Rows written so far survive a crash of the machine: called before a checkpoint refers to their
@@ -49,12 +49,23 @@ class MetricsWriter:
         cut_metrics(self._path, step)
         self._file = self._path.open("a", encoding="utf-8")
 
+    def finish(self) -> None:
+        """Waits for wandb, but not for long."""
+        if self._mirror:
+            self._mirror.finish()
+            self._tell_of_wandb()
+
     def close(self) -> None:
         """What could not be written before is given up."""
         with contextlib.suppress(OSError):
             self._file.close()
-        if self._wandb is not None:
-            self._wandb.finish()
+        if self._mirror:
+            self._mirror.leave()
+
+    def _tell_of_wandb(self) -> None:
+        problem = self._mirror.problem() if self._mirror else None
+        if problem:
+            self._warn(f"warning: wandb: {problem}; all rows are in {self._path}")
 
     @contextlib.contextmanager
     def _told_of_a_full_disk(self) -> Iterator[None]:
@@ -73,6 +84,7 @@ class NoMetrics:
     def write(self, step: int, row: dict[str, Any]) -> None: ...
     def sync(self) -> None: ...
     def cut(self, step: int) -> None: ...
+    def finish(self) -> None: ...
     def close(self) -> None: ...
 
 
@@ -80,38 +92,6 @@ def read_metrics(folder: Path) -> list[dict[str, Any]]:
     """The rows of a run, in order."""
     lines = (folder / FILE_NAME).read_text(encoding="utf-8").splitlines()
     return [json.loads(line) for line in lines]
-
-
-def check_wandb(config: Config) -> None:
-    """Raises ConfigError before anything starts when the run is to go to wandb and there is no key."""
-    if config.log.wandb != "online":
-        return
-    import wandb
-
-    remedy = "run `wandb login`, set WANDB_API_KEY, or use log.wandb=offline"
-    try:
-        has_key = wandb.login(prompt=False)
-    except (wandb.Error, ValueError) as error:
-        raise ConfigError(
-            f"log.wandb=online, but wandb refuses ({' '.join(str(error).split())}); {remedy}"
-        ) from error
-    if not has_key:
-        raise ConfigError(f"log.wandb=online, but no API key is set; {remedy}")
-
-
-def start_wandb(folder: Path, config: Config) -> Any:
-    """A wandb run with the id of ours, so that a resumed run goes on there, too."""
-    import wandb
-
-    return wandb.init(
-        id=config.run.id,
-        name=config.run.id,
-        project=config.log.wandb_project,
-        dir=str(folder),
-        mode="online" if config.log.wandb == "online" else "offline",
-        resume="allow",
-        config=to_dict(config),
-    )
 
 
 def peak_memory_gib(device: torch.device) -> float:

@@ -29,10 +29,10 @@ from sleeptrain.engine.metrics import (
     FILE_NAME,
     MetricsWriter,
     NoMetrics,
-    check_wandb,
     peak_memory_gib,
     read_metrics,
 )
+from sleeptrain.engine.mirror import check_wandb
 from sleeptrain.engine.progress import Progress
 from sleeptrain.engine.rerun import ReplicasDifferError, Reruns
 from sleeptrain.engine.resilience import EXIT_REQUEUE, RunLock, StopSignal, cut_metrics
@@ -143,13 +143,16 @@ class Trainer:
     def run(self, stop: StopSignal) -> int:
         """The loop. Returns 0 at the end, EXIT_REQUEUE after a stop signal."""
         config, num_steps = self.config, self.config.optim.num_steps
-        metrics = MetricsWriter(self.folder, config) if self.place.rank == 0 else NoMetrics()
         progress = Progress(num_steps, self.step)
+        writes = self.place.rank == 0
+        metrics = MetricsWriter(self.folder, config, progress.line) if writes else NoMetrics()
         progress.line(f"run {config.run.id}: step {self.step} of {num_steps} in {self.folder}")
         try:
             self._loop(stop, metrics, progress)
             self._last_save(metrics, progress)
             metrics.sync()
+            if self.step == num_steps:
+                metrics.finish()
         finally:
             self._warn(self.saver.close(), progress)
             self.stream.close()
