@@ -10,6 +10,7 @@ import pickle
 import zlib
 from collections.abc import Callable
 from dataclasses import replace
+from functools import lru_cache
 from hashlib import sha256
 from io import BytesIO
 from pathlib import Path
