@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 import subprocess
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from sleeptrain.data.index import FILE, Index
 from sleeptrain.data.mixture import open_mixture
 from sleeptrain.data.shards import Shard
 from sleeptrain.pretrain import compose_config
+from sleeptrain.schema import ConfigError
 from sleeptrain.tasks import make_task
 from sleeptrain.tasks.text import Text
 
@@ -134,6 +136,17 @@ def test_how_texts_are_cut_makes_no_other_set(tmp_path: Path, corpus: Path, caps
     assert make(tmp_path / "set", *text_settings(corpus)) == 0
     assert make(tmp_path / "set", *text_settings(corpus, sequence_tokens=64)) == 0
     assert "1 kept and 0 made" in capsys.readouterr().out
+
+
+def test_a_text_that_changes_meanwhile_is_refused(tmp_path: Path, corpus: Path) -> None:
+    copy = Path(shutil.copytree(corpus, tmp_path / "corpus"))
+    options = make_shards.parse([str(tmp_path / "set"), "--num-procs", "1", *text_settings(copy)])
+    begun = make_shards.make_plan(options)
+    changed = begun.source.documents[7]
+    changed.path.write_text("something else")
+    with pytest.raises(ConfigError, match=f"{changed.name} changed while it was in use"):
+        make_shards.make(begun, 1)
+    assert not (tmp_path / "set" / FILE).exists()
 
 
 def test_a_run_takes_the_sets(tmp_path: Path, corpus: Path) -> None:
