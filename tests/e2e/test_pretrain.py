@@ -2,7 +2,6 @@
 
 import json
 import shutil
-import signal
 import subprocess
 from pathlib import Path
 
@@ -100,48 +99,6 @@ def test_evaluate_refuses_passes_where_nothing_is_written(tmp_path: Path, capsys
     assert "num_passes=3 needs a gdn or jet block" in capsys.readouterr().err
 
 
-def test_refuses_to_resume_with_other_settings(copy: Path, capsys: pytest.CaptureFixture) -> None:
-    said = [copy / "run.lock", copy / "logs" / "rank_0.log"]
-    kept = [path for path in copy.rglob("*") if path.is_file() and path not in said]
-    before = [path.read_bytes() for path in kept]
-    assert pretrain(copy, "optim.muon_lr=0.5", "task.steps=3") == 2
-    refusal = capsys.readouterr().err
-    assert "optim.muon_lr: saved 0.005, now 0.5" in refusal
-    assert "task.steps: saved 1, now 3" in refusal
-    assert [path.read_bytes() for path in kept] == before
-    assert pretrain(copy, "optim.num_steps=26", "run.allow_config_change=true") == 0
-    assert "optim.num_steps: saved 24, now 26" in capsys.readouterr().out
-
-
-def test_a_damaged_checkpoint_is_named_and_the_one_before_used(
-    copy: Path, finished: Path, capsys: pytest.CaptureFixture
-) -> None:
-    damaged = copy / "checkpoints" / "step_00000024" / "model_00000.safetensors"
-    content = bytearray(damaged.read_bytes())
-    content[len(content) // 2] ^= 1
-    damaged.write_bytes(content)
-    assert pretrain(copy) == 0
-    printed = capsys.readouterr().out
-    assert "step_00000024/model_00000.safetensors is damaged in tensor " in printed
-    assert "trying step_00000020" in printed
-    assert compare_runs(copy, finished) == ""
-
-
-def test_a_stop_signal_saves_and_asks_for_a_requeue(finished: Path, tmp_path: Path) -> None:
-    folder = tmp_path / "run"
-    process = subprocess.Popen(command(folder), env=environment(), stdout=subprocess.PIPE, text=True)
-    assert process.stdout is not None
-    for line in process.stdout:
-        if line.startswith("step 6/"):
-            process.send_signal(signal.SIGTERM)
-            break
-    rest = process.stdout.read()
-    assert process.wait() == 75
-    assert "SIGTERM" in rest
-    assert pretrain(folder) == 0
-    assert compare_runs(folder, finished) == ""
-
-
 @pytest.mark.parametrize("schedule", ["sampled", "growing"])
 def test_a_changing_n_goes_on_where_it_was(schedule: str, tmp_path: Path) -> None:
     changing = [f"sleep.passes_schedule={schedule}", "sleep.num_passes=3", "sleep.min_passes=1"]
@@ -152,41 +109,6 @@ def test_a_changing_n_goes_on_where_it_was(schedule: str, tmp_path: Path) -> Non
     assert compare_runs(tmp_path / "whole", tmp_path / "cut") == ""
     seen = {row["train/num_passes"] for row in read_metrics(tmp_path / "cut") if "train/loss" in row}
     assert len(seen) > 1
-
-
-def test_a_save_that_fails_at_a_stop_is_not_called_saved(tmp_path: Path) -> None:
-    folder = tmp_path / "run"
-    folder.mkdir()
-    process = subprocess.Popen(
-        command(folder, "optim.num_steps=100000", "checkpoint.every_steps=0"),
-        env=environment(),
-        stdout=subprocess.PIPE,
-        text=True,
-    )
-    assert process.stdout is not None
-    for line in process.stdout:
-        if line.startswith("step 6/"):
-            (folder / "checkpoints").write_text("in the way")
-            process.send_signal(signal.SIGTERM)
-            break
-    rest = process.stdout.read()
-    assert process.wait() == 75
-    assert "warning: saving step_" in rest
-    assert "goes on from step 0" in rest
-
-
-def test_two_trainers_cannot_share_a_folder(copy: Path, capsys: pytest.CaptureFixture) -> None:
-    longer = ["optim.num_steps=100000", "run.allow_config_change=true"]
-    first = subprocess.Popen(command(copy, *longer), env=environment(), stdout=subprocess.PIPE, text=True)
-    try:
-        assert first.stdout is not None
-        assert any(line.startswith("run ") for line in first.stdout)
-        assert pretrain(copy) == 2
-        assert f"process {first.pid} on" in capsys.readouterr().err
-    finally:
-        first.kill()
-        first.wait()
-    assert pretrain(copy, "run.allow_config_change=true") == 0  # the lock of a killed process is free
 
 
 @pytest.mark.parametrize(

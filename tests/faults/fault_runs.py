@@ -14,7 +14,7 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -63,17 +63,23 @@ def nothing(moment: Moment) -> None:
 
 
 class Process:
-    """A forked trainer."""
+    """A forked trainer, with ``settings`` after those of ``base``."""
 
-    def __init__(self, folder: Path, settings: tuple[str, ...], sabotage: Sabotage = nothing) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        settings: Sequence[str],
+        sabotage: Sabotage = nothing,
+        base: Sequence[str] = SETTINGS,
+    ) -> None:
         self.folder = folder
         self._told, descriptor = os.pipe()
         self.pid = os.fork()
         if self.pid == 0:
-            _run(folder, settings, sabotage, Moment(descriptor))
+            _run(folder, [*base, *settings], sabotage, Moment(descriptor))
         os.close(descriptor)
         self.exit_code: int | None = None
-        self.peak_bytes = 0  # of memory, known at its end
+        self.peak_bytes, self.cpu_seconds = 0, 0.0  # known at its end
 
     def await_moment(self) -> None:
         """Returns as soon as the child tells it; raises AssertionError if it ends or hangs before."""
@@ -91,7 +97,8 @@ class Process:
         while self.exit_code is None:
             pid, status, used = os.wait4(self.pid, os.WNOHANG)
             if pid:
-                self.exit_code, self.peak_bytes = os.waitstatus_to_exitcode(status), used.ru_maxrss * 2**10
+                self.exit_code = os.waitstatus_to_exitcode(status)
+                self.peak_bytes, self.cpu_seconds = used.ru_maxrss * 2**10, used.ru_utime + used.ru_stime
                 os.close(self._told)
             elif time.monotonic() > deadline:
                 self.send(signal.SIGKILL)
@@ -106,7 +113,9 @@ class Process:
         return self.wait()
 
     def output(self) -> str:
-        return output_path(self.folder).read_text()
+        """What this one and those before it in the same folder said."""
+        path = output_path(self.folder)
+        return path.read_text() if path.exists() else ""
 
 
 def train(folder: Path, *settings: str, sabotage: Sabotage = nothing) -> int:
@@ -216,7 +225,7 @@ def before_file_operation(operation: int, below: str, act: Callable[[], Any]) ->
     sys.addaudithook(hook)  # cannot be removed, hence only in children
 
 
-def _run(folder: Path, settings: tuple[str, ...], sabotage: Sabotage, moment: Moment) -> None:
+def _run(folder: Path, settings: list[str], sabotage: Sabotage, moment: Moment) -> None:
     """In the child: never returns."""
     code = 98
     try:
@@ -227,7 +236,7 @@ def _run(folder: Path, settings: tuple[str, ...], sabotage: Sabotage, moment: Mo
         engine.draw_learning_curve = lambda *arguments: []
         _record(folder.with_name(f"{folder.name}.seen"))
         sabotage(moment)
-        code = main([f"run.dir={folder}", *SETTINGS, *settings])
+        code = main([f"run.dir={folder}", *settings])
     except BaseException:
         traceback.print_exc()
     finally:

@@ -104,6 +104,18 @@ def test_a_signal_amid_an_evaluation_does_not_wait_for_it(step: int, reference: 
     check_nothing_was_made_twice(tmp_path / "run", reference)
 
 
+def test_a_save_that_fails_at_a_stop_is_not_called_saved(tmp_path: Path) -> None:
+    """R3, R9: no checkpoint can be made; the exit code is the same, and the sentence tells the truth."""
+
+    def sabotage(moment: Moment) -> None:
+        before_step(3, lambda: (tmp_path / "run" / "checkpoints").write_text("in the way"))
+        at_step(4)(moment)
+
+    process = noticed(tmp_path / "run", "SIGTERM", sabotage)
+    assert "warning: saving step_" in process.output()
+    assert "goes on from step 0" in process.output()
+
+
 def test_without_the_guard_the_step_is_lost(tmp_path: Path) -> None:
     """Negative control of R3: the default of these signals ends the process where it is."""
 
