@@ -189,6 +189,11 @@ class SleepConfig:
     )
     detach_state: bool = setting(False, "stop the gradient of the fast weights at window borders")
     learned_initial_state: bool = setting(False, "learn the fast weights that a sequence starts with")
+    carry_between_batches: bool = setting(
+        False,
+        "row r of a batch goes on with the state (detached) that row r of the batch before left, unless a "
+        "document starts there",
+    )
     activation_checkpointing: Literal["none", "pass", "block", "both"] = setting(
         "none", "recompute activations in the backward pass, per pass, per block, or both nested"
     )
@@ -535,6 +540,23 @@ class Config:
             )
         if self.sleep.learned_initial_state and not any(block.is_fast_weight for block in self.model.blocks):
             raise ConfigError("sleep.learned_initial_state=true needs a gdn or jet block in model.pattern")
+        if self.sleep.carry_between_batches:
+            self._check_carry()
+
+    def _check_carry(self) -> None:
+        """Something must be left to carry, and rows must go on where the batch before ended."""
+        is_kept = self.sleep.eviction == "sliding" or any(block.is_fast_weight for block in self.model.blocks)
+        if not is_kept:
+            raise ConfigError(
+                "sleep.carry_between_batches=true has nothing to carry: "
+                f"model.pattern={self.model.pattern!r} has no gdn or jet block, and sleep.eviction=hard keeps "
+                "no keys and values; change one of them"
+            )
+        if not self.data.shards:
+            raise ConfigError(
+                "sleep.carry_between_batches=true goes on with long documents in data.shards, and this run "
+                "makes its examples, which do not go on; set data.shards, or leave it out"
+            )
 
     def _check_answer_window(self) -> None:
         """The answers of a synthetic task have the last window to themselves."""

@@ -81,6 +81,11 @@ def nested(flat: dict[str, Any]) -> dict[str, Any]:
             {"model.pattern": "attn", "sleep.num_passes": 1, "sleep.learned_initial_state": True},
             ["sleep.learned_initial_state", "model.pattern"],
         ),
+        (
+            {"model.pattern": "attn", "sleep.num_passes": 1, "sleep.carry_between_batches": True},
+            ["sleep.carry_between_batches=true", "model.pattern='attn'", "sleep.eviction=hard"],
+        ),
+        ({"sleep.carry_between_batches": True}, ["sleep.carry_between_batches=true", "data.shards"]),
         ({"eval.num_passes": [2, 0]}, ["eval.num_passes=[2, 0]"]),
         ({"data.micro_batch_sequences": 3}, ["data.micro_batch_sequences=3", "data.batch_sequences=64"]),
         ({"data.batch_sequences": 0}, ["data.batch_sequences=0"]),

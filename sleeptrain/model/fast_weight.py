@@ -60,6 +60,11 @@ class FastWeight(nn.Module):
         gate = F.silu(self.g_proj(x_BTD)).unflatten(-1, (-1, self.value_dim))
         return self.o_proj((self.o_norm(out) * gate).flatten(2)), BlockState(written, tail)
 
+    @property
+    def tail_channels(self) -> dict[str, int]:
+        """What a kept convolution tail holds, in this order: channels of queries, keys, values."""
+        raise NotImplementedError
+
     def _queries_keys_values(
         self, x_BTD: Tensor, tail: Tensor | None, tokens: Tokens, with_queries: bool
     ) -> tuple[Tensor | None, Tensor, Tensor, Tensor | None]:
@@ -101,6 +106,11 @@ class GDN(FastWeight):
         self.k_conv = nn.Parameter(torch.empty(self.k_proj.out_features, config.conv_width))
         self.v_conv = nn.Parameter(torch.empty(self.v_proj.out_features, config.conv_width))
 
+    @property
+    def tail_channels(self) -> dict[str, int]:
+        linears = {"q": self.q_proj, "k": self.k_proj, "v": self.v_proj}
+        return {name: linear.out_features for name, linear in linears.items()}
+
     def _queries_keys_values(
         self, x_BTD: Tensor, tail: Tensor | None, tokens: Tokens, with_queries: bool
     ) -> tuple[Tensor | None, Tensor, Tensor, Tensor | None]:
@@ -129,6 +139,10 @@ class Jet(FastWeight):
         values = self.v_proj.out_features
         self.kernel_in = nn.Linear(config.d_model, max(1, values // config.jet_reduction), bias=False)
         self.kernel_out = nn.Linear(self.kernel_in.out_features, values * config.conv_width)
+
+    @property
+    def tail_channels(self) -> dict[str, int]:
+        return {"v": self.v_proj.out_features}
 
     def _queries_keys_values(
         self, x_BTD: Tensor, tail: Tensor | None, tokens: Tokens, with_queries: bool

@@ -304,7 +304,10 @@ def _band(window: Window, spec: BlockSpec, sleep: SleepConfig) -> int:
 
 
 def _survived(window: Window, spec: BlockSpec, sleep: SleepConfig) -> int:
-    return min(_band(window, spec, sleep) - 1, window.start) if sleep.eviction == "sliding" else 0
+    if sleep.eviction == "hard":
+        return 0
+    most = _band(window, spec, sleep) - 1
+    return most if sleep.carry_between_batches else min(most, window.start)  # carried: from the second batch
 
 
 def _learning(sleep: SleepConfig, windows: Sequence[Window], visits: Sequence[Visit]) -> list[bool]:
@@ -313,6 +316,8 @@ def _learning(sleep: SleepConfig, windows: Sequence[Window], visits: Sequence[Vi
     nothing_crosses = sleep.detach_state and sleep.eviction == "hard" and not sleep.carries_convolution
 
     def learns(visit: Visit) -> bool:
+        if visit.is_after_loss:
+            return False
         if visit.pass_number == 1 and windows[visit.window].has_loss:
             return True
         is_cut = 0 < sleep.backprop_passes <= last_pass[visit.window] - visit.pass_number

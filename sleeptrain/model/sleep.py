@@ -48,8 +48,8 @@ class Batch(Protocol):
 class Output(NamedTuple):
     """Summed loss over the masked targets, in nats, and per token ``[B, T]`` the loss and the most likely id.
 
-    ``state`` is what the planned visits left, which end with the last loss; to go on reading use
-    ``sleeptrain.model.session``.
+    ``state`` is what the planned visits left. They end with the last loss unless the batch is continued; to
+    go on reading use ``sleeptrain.model.session``.
     """
 
     loss_sum: Tensor
@@ -127,9 +127,11 @@ class SleepModel(nn.Module):
         num_passes: int,
         state: State | None = None,
         trace: list[PassTrace] | None = None,
+        is_continued: bool = False,
     ) -> Output:
-        """Walks the visits of a batch; ``trace`` collects the norms of S of every pass that writes it."""
-        walk = Walk(self, batch, num_passes, state, trace)
+        """Walks the visits of a batch from ``state`` on; ``trace`` collects the norms of S of every pass that
+        writes it. ``is_continued``: the next batch starts from the state that this one leaves."""
+        walk = Walk(self, batch, num_passes, state, trace, is_continued)
         loss_sum, h = walk.nll.new_zeros(()), walk.nll  # the first visit reads the embeddings instead
         for index in range(len(walk.visits)):
             h, loss = walk.visit(index, h)
@@ -188,11 +190,12 @@ class Walk:
         num_passes: int,
         state: State | None = None,
         trace: list[PassTrace] | None = None,
+        is_continued: bool = False,
     ) -> None:
         require_passes(num_passes, model.config)
         self.model, self.batch, self.trace = model, batch, trace
         self.windows = model.windows(batch)
-        self.visits = plan(self.windows, num_passes, model.config, model.sleep)
+        self.visits = plan(self.windows, num_passes, model.config, model.sleep, is_continued)
         initial = model.initial_state(len(batch.ids)) if state is None else state
         self.carry = Carry(Passes.opening(initial))
         self.nll = torch.zeros(batch.ids.shape, dtype=model.dtype, device=batch.ids.device)
@@ -210,7 +213,8 @@ class Walk:
         h = self._enter(index, arrived) if self.model.holds_embedding else arrived
         before = self.carry.passes.begin(visit.pass_number, awake)
         tokens = self.tokens._replace(dropout=self._dropout(index))
-        with torch.set_grad_enabled(torch.is_grad_enabled() and (awake or visit.pass_number > self.num_cut)):
+        learns = not visit.is_after_loss and (awake or visit.pass_number > self.num_cut)
+        with torch.set_grad_enabled(torch.is_grad_enabled() and learns):
             left, after = self.model.run(h, before, tokens, visit)
         held = self.model.held.get(visit.segment, range(0))
         self.carry = self.carry._replace(passes=self.carry.passes.record(held, after))

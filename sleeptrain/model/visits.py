@@ -25,7 +25,8 @@ class Window(NamedTuple):
 
 class Visit(NamedTuple):
     """One trip of a window through a segment. ``has_loss``: the head reads the result; ``is_read``: somebody
-    does; ``is_kept``: checkpointing per pass leaves its activations in memory."""
+    does; ``is_kept``: checkpointing per pass leaves its activations in memory; ``is_after_loss``: no loss
+    comes in it or after it, so no gradient either."""
 
     window: int
     pass_number: int
@@ -33,6 +34,7 @@ class Visit(NamedTuple):
     has_loss: bool
     is_read: bool
     is_kept: bool = False
+    is_after_loss: bool = False
 
 
 def require_passes(num_passes: int, config: ModelConfig) -> None:
@@ -69,28 +71,33 @@ def plan(
     num_passes: int,
     config: ModelConfig,
     sleep: SleepConfig,
+    is_continued: bool | None = None,
 ) -> list[Visit]:
-    """The visits of a sequence in order, without those whose output and state nobody reads."""
+    """The visits of a sequence in order, without those whose output and state nobody reads. ``is_continued``:
+    the next batch reads the state at the end; None: as in training."""
+    is_continued = sleep.carry_between_batches if is_continued is None else is_continued
     last_with_loss = max((i for i, w in enumerate(windows) if w.has_loss), default=-1)
     segments = segments_of(config)
     visits: list[Visit] = []
-    for i, window in enumerate(windows[: last_with_loss + 1]):
-        order = _passes(window, num_passes if i < last_with_loss else 1, sleep.schedule)
+    for i, window in enumerate(windows if is_continued else windows[: last_with_loss + 1]):
+        order = _passes(window, num_passes if is_continued or i < last_with_loss else 1, sleep.schedule)
         steps = [(n, name) for n, name in order if name in segments]
         visits += _without_dead(i, steps, window.has_loss, segments, config, sleep.eviction == "sliding")
-    return _with_kept(visits, windows, segments)
+    return _marked(visits, windows, segments)
 
 
-def _with_kept(visits: list[Visit], windows: Sequence[Window], segments: dict[Segment, range]) -> list[Visit]:
-    """Marks the visits at the end: as many as hold together at most 1.5 times what the longest visit holds.
+def _marked(visits: list[Visit], windows: Sequence[Window], segments: dict[Segment, range]) -> list[Visit]:
+    """Marks the visits after the last loss; and of those up to it the last ones as kept, as many as hold
+    together at most 1.5 times what the longest visit holds.
 
     Their backward pass comes before any visit is recomputed, so keeping them hardly raises the peak.
     """
     sizes = [(windows[v.window].stop - windows[v.window].start) * len(segments[v.segment]) for v in visits]
-    room, marked = 1.5 * max(sizes, default=0), []
+    room, has_gradient, marked = 1.5 * max(sizes, default=0), False, []
     for visit, size in zip(reversed(visits), reversed(sizes)):
-        room -= size
-        marked.append(visit._replace(is_kept=room >= 0))
+        has_gradient = has_gradient or visit.has_loss
+        room -= size if has_gradient else 0
+        marked.append(visit._replace(is_kept=has_gradient and room >= 0, is_after_loss=not has_gradient))
     return marked[::-1]
 
 

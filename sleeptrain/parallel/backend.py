@@ -12,6 +12,7 @@ from sleeptrain.config import Config
 from sleeptrain.data.batch import Batch
 from sleeptrain.model.sleep import Output, PassTrace, SleepModel
 from sleeptrain.optim.optimizer import MuonAdamW
+from sleeptrain.parallel.carried import Carried
 from sleeptrain.schema import ConfigError
 
 if TYPE_CHECKING:
@@ -55,6 +56,7 @@ class LocalBackend:
         self.config, self.device = config, choose_device(config.run.device)
         self.model = SleepModel(config.model, config.sleep, vocab_size, config.run.seed).to(self.device)
         self.optimizer = MuonAdamW(self.model, config.optim)
+        self.carried = Carried(self.model, config.data.batch_sequences)
 
     def forward_backward(self, batch: Batch, num_passes: int, traced: bool = False) -> StepResult:
         """Gradients of the mean loss over the batch's targets, summed over its microbatches."""
@@ -62,13 +64,15 @@ class LocalBackend:
         loss = torch.zeros((), device=self.device)
         trace: list[PassTrace] = []
         for start in range(0, len(batch.ids), micro):
-            part = batch.rows(slice(start, start + micro)).to(self.device)
+            rows = slice(start, start + micro)
+            part, state = batch.rows(rows).to(self.device), self.carried.read(rows)
             with self._autocast():
-                output = self.model(part, num_passes, trace=trace if traced else None)
+                output = self.model(part, num_passes, state, trace if traced else None, self.carried.is_on)
                 part_loss = output.loss_sum / num_targets
             part_loss.backward()
             loss += part_loss.detach()
-        return StepResult(loss, mean_norms(trace))
+            self.carried.write(rows, output.state)
+        return StepResult(loss + self.carried.doubt(), mean_norms(trace))
 
     def step(self, lr_factor: float, loss: Tensor, max_norm: float = math.inf) -> UpdateResult:
         """Clips, updates, clears the gradients; leaves weights and optimizer untouched when loss or norm is
@@ -84,6 +88,7 @@ class LocalBackend:
             self.optimizer.step(lr_factor)
         for parameter in parameters:
             parameter.grad = None
+        self.carried.settle(applied)
         return UpdateResult(loss_value, grad_norm, applied)
 
     def check_replicas(self) -> str | None:
@@ -96,15 +101,18 @@ class LocalBackend:
             return self.model(batch.to(self.device), num_passes)
 
     def slices(self) -> dict[str, list[Slice]]:
-        """What a checkpoint holds, ``model`` and ``optimizer``: here every tensor as a whole."""
+        """What a checkpoint holds, ``model``, ``optimizer`` and what is carried: here every tensor as a
+        whole."""
         model = [whole(name, p) for name, p in self.model.named_parameters()]
-        return {"model": model, "optimizer": [whole(name, t) for name, t in self.optimizer.state().items()]}
+        optimizer = [whole(name, t) for name, t in self.optimizer.state().items()]
+        return {"model": model, "optimizer": optimizer, **self.carried.slices()}
 
     def load(self, checkpoint: "Checkpoint") -> None:
-        """Takes over weights and optimizer. ValueError or KeyError with the names where they are not this
-        run's, CheckpointError where they are damaged."""
+        """Takes over weights, optimizer and what is carried. ValueError or KeyError with the names where they
+        are not this run's, CheckpointError where they are damaged."""
         self.load_model(checkpoint)
         self.optimizer.load(checkpoint.read_all("optimizer"))
+        self.carried.load(checkpoint)
 
     @torch.no_grad()
     def load_model(self, checkpoint: "Checkpoint") -> None:

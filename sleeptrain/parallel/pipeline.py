@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from sleeptrain.data.batch import Batch
 from sleeptrain.model.sleep import Carry, PassTrace, SleepModel, Walk
-from sleeptrain.model.state import map_tensors
+from sleeptrain.model.state import State, map_tensors
 from sleeptrain.model.visits import plan
 from sleeptrain.model.window_state import Passes
 from sleeptrain.parallel.cpu_compat import cuda_means_cpu
@@ -55,13 +55,15 @@ class Pipeline:
         loss_scale: float,
         forward_only: bool = False,
         trace: list[PassTrace] | None = None,
+        states: Sequence[State | None] | None = None,
     ) -> list[Walk]:
         """Walks all microbatches, of equal shape, over all stages, and adds ``loss_scale`` times the
         gradient of their summed loss to the parameters here.
 
-        Returns their walks; on the last stage ``nll`` is filled. ``trace`` collects the norms of all.
+        Returns their walks; on the last stage ``nll`` is filled. ``trace`` collects the norms of all. With
+        ``states``, what each starts from, the next batch goes on from what the walks carry in the end.
         """
-        trips = _Trips(self.model, microbatches, num_passes, loss_scale, self.autocast, trace)
+        trips = _Trips(self.model, microbatches, num_passes, loss_scale, self.autocast, trace, states)
         num_visits, windows = len(trips.visits), trips.windows
         tokens = max((w.stop - w.start for w in windows), default=0) // self.tokens_divisor
         config = self._schedule_config(num_visits)
@@ -102,6 +104,9 @@ class Pipeline:
         )
 
 
+_NOTHING = Carry(Passes.opening(()))
+
+
 class _Trips:
     """The walks of all microbatches and what connects the graphs of their visits."""
 
@@ -113,11 +118,13 @@ class _Trips:
         loss_scale: float,
         autocast: Callable[[], AbstractContextManager],
         trace: list[PassTrace] | None,
+        states: Sequence[State | None] | None,
     ) -> None:
         self.model, self.loss_scale, self.autocast = model, loss_scale, autocast
         self.microbatches, self.num_passes, self.trace = microbatches, num_passes, trace
+        self.is_continued, self.states = states is not None, states or [None] * len(microbatches)
         self.windows = model.windows(microbatches[0])
-        self.visits = plan(self.windows, num_passes, model.config, model.sleep)
+        self.visits = plan(self.windows, num_passes, model.config, model.sleep, self.is_continued)
         self.walks: list[Walk] = []
         self.links: list[_Link] = [_Link()] * len(microbatches)
         self.message_tokens = 0
@@ -126,7 +133,8 @@ class _Trips:
         """One visit of the next microbatch on this stage, as megatron-core's ``forward_step_func``."""
         m, index, received = next(microbatches), chunk.index, chunk.received
         if index == 0:
-            self.walks.append(Walk(self.model, self.microbatches[m], self.num_passes, trace=self.trace))
+            start = (self.microbatches[m], self.num_passes, self.states[m])
+            self.walks.append(Walk(self.model, *start, self.trace, self.is_continued))
         else:
             self.walks[m].carry = self.links[m].cut(self.walks[m].carry)
         walk, is_final = self.walks[m], index + 1 == len(self.visits)
@@ -135,13 +143,14 @@ class _Trips:
         with self.autocast():
             left, loss = walk.visit(index, h)
         scaled = None if loss is None else loss * self.loss_scale
-        if is_final:
-            walk.carry = Carry(Passes.opening(()))  # nobody reads what it left
-            if self.model.holds_head:
-                return (walk.nll.new_zeros(()) if scaled is None else scaled), _as_loss
+        if is_final:  # without the graph that the next visit would go on from
+            walk.carry = map_tensors(Tensor.detach, walk.carry if self.is_continued else _NOTHING)
+            if self.model.holds_head and scaled is not None:
+                return scaled, _as_loss
         self.links[m] = _Link()
-        message = self.links[m].tie(self._pad(left), received, scaled, walk.carry)
-        return message, _as_loss
+        is_summed = is_final and self.model.holds_head  # megatron-core asks for a number there
+        message = walk.nll.new_zeros(()) if is_summed else self._pad(left)
+        return self.links[m].tie(message, received, scaled, walk.carry), _as_loss
 
     def _pad(self, h_BTD: Tensor) -> Tensor:
         """Messages have one shape, that of the longest window, and are contiguous (sequence parallelism

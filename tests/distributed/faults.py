@@ -7,12 +7,14 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from sleeptrain.data.batch import Batch
 from sleeptrain.model.sleep import Carry
-from sleeptrain.model.state import BlockState, map_tensors
+from sleeptrain.model.state import BlockState, State, map_tensors
 from sleeptrain.parallel import megatron, pipeline, update, zero
+from sleeptrain.parallel.carried import Carried
 from sleeptrain.parallel.megatron import MegatronDeepspeedBackend
 from sleeptrain.parallel.stage import Held, part_of
 from sleeptrain.parallel.update import ShardedUpdate
@@ -112,6 +114,26 @@ def _bad_numbers_applied(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(update, "math", blind)
 
 
+def _nothing_carried(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On ranks; one process goes on as it should."""
+    read = Carried.read
+    monkeypatch.setattr(
+        Carried, "read", lambda self, rows: None if dist.is_initialized() else read(self, rows)
+    )
+
+
+def _rows_mixed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each row of a replica goes on with the state of its neighbour."""
+    read = Carried.read
+
+    def mixed(self: Carried, rows: slice) -> State | None:
+        state = read(self, rows)
+        is_alone = state is None or not dist.is_initialized()
+        return state if is_alone else map_tensors(lambda x: x.roll(1, 0), state)
+
+    monkeypatch.setattr(Carried, "read", mixed)
+
+
 FAULTS: dict[str, Fault] = {
     **{f"no gradient of {what}": _no_gradient_of(what) for what in ("memory", "caches", "tail", "core_left")},
     "no gradient of losses": _no_gradient_of_losses,
@@ -122,4 +144,6 @@ FAULTS: dict[str, Fault] = {
     "Muon on parts": _muon_on_parts,
     "copies counted": _copies_counted,
     "bad numbers applied": _bad_numbers_applied,
+    "nothing carried": _nothing_carried,
+    "rows mixed": _rows_mixed,
 }

@@ -3,11 +3,11 @@
 from collections.abc import Iterable
 from dataclasses import replace
 from itertools import repeat
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from ranks import run_ranks
-from small import VOCAB, disturbed, held_out, rows_of
+from small import VOCAB, batch_of, config_of, disturbed, held_out, rows_of
 from torch import Tensor
 
 from sleeptrain.config import Config, ParallelConfig
@@ -20,6 +20,7 @@ from sleeptrain.parallel.stage import part_of
 from sleeptrain.parallel.topology import join
 
 Passes = int | tuple[int, ...]  # N of all steps, or of each
+Case = tuple[dict[str, int], Passes, dict[str, Any], dict[str, Any]]  # degrees, N, settings, batch
 
 
 def of_steps(passes: Passes) -> Iterable[int]:
@@ -109,7 +110,7 @@ def train_alone(config: Config, passes: Passes, batches: list[Batch]) -> Run:
         if batch is batches[0]:
             trace: list[PassTrace] = []
             with torch.no_grad():
-                backend.model(batch, num_passes, trace=trace)
+                backend.model(batch, num_passes, trace=trace, is_continued=backend.carried.is_on)
             result.memory_norms.update(norms_of(trace))
             result.gradients.extend(whole(n, p.grad) for n, p in backend.model.named_parameters())
         update = backend.step(0.7, forward.loss)
@@ -213,3 +214,24 @@ def compared(config: Config, passes: Passes, batches: list[Batch]) -> Distance:
     """Between all ranks' runs and that of the single process."""
     ranks = run_ranks(num_ranks(config), train, config, passes, batches)
     return distance(ranks, train_alone(config, passes, batches))
+
+
+IN_FLOAT32 = Distance(
+    losses=1e-5,
+    nll=1e-4,
+    norms=1e-5,
+    memory_norms=1e-5,
+    gradients=1e-6,
+    worst_gradient=(1e-4, ""),  # of a small one, whose rounding errors come from large ones
+    worst_weight=(1e-4, ""),
+)
+
+
+def wrong(case: Case, num_steps: int = 5, factor: float = 1, limits: Distance = IN_FLOAT32) -> set[str]:
+    """What is further apart than ``factor`` times what rounding explains."""
+    degrees, passes, settings, batch = case
+    batches = [batch_of(**batch, seed=seed) for seed in range(num_steps)]
+    found = compared(config_of(**degrees, **settings), passes, batches)
+    flat = [(x if isinstance(x, float) else x[0]) for x in (*found, *limits)]
+    half = len(found)
+    return {n for n, x, limit in zip(found._fields, flat[:half], flat[half:]) if not x <= factor * limit}

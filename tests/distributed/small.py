@@ -20,6 +20,7 @@ from sleeptrain.config import (
 from sleeptrain.data.batch import Batch
 
 VOCAB, WINDOW, TOKENS, ROWS = 14, 6, 16, 8  # three windows, the last one ragged
+CARRY: dict[str, Any] = {"carry_between_batches": True, "shards": ("documents",)}
 SMALL: dict[str, Any] = {
     "d_model": 8,
     "num_heads": 4,

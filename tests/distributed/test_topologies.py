@@ -6,8 +6,7 @@ from typing import Any
 import deepspeed
 import pytest
 from faults import FAULTS
-from runs import Distance, Passes, compared
-from small import batch_of, config_of
+from runs import Case, Distance, wrong
 
 from sleeptrain.parallel import layout
 
@@ -15,7 +14,6 @@ TEXT = {"schedule": "predict_then_consolidate", "eviction": "sliding"}
 SEGMENTS = {"pattern": "swa:4 gdn attn jet gdn attn gdn", "prelude_blocks": 1, "coda_blocks": 2}
 LOSSES, TP2, PP2, PP4, DP2 = "loss_windows", {"tensor": 2}, {"pipeline": 2}, {"pipeline": 4}, {"data": 2}
 TWO = {"pattern": "attn gdn"}  # blocks, to be quick
-Case = tuple[dict[str, int], Passes, dict[str, Any], dict[str, Any]]  # degrees, N, settings, batch
 
 CORE: dict[str, Case] = {
     "tp2": (TP2, 3, {"pattern": "attn jet attn gdn"}, {"padded": True}),
@@ -90,15 +88,6 @@ MORE: dict[str, Case] = {
     "pp2 dp2, N that changes": (PP2 | DP2, (1, 3, 2, 1, 4), TWO, {LOSSES: (0, 2)}),
     "no clipping": (TP2 | DP2, 3, {"muon_scale": "original", "clip_norm": 0.0}, {}),
 }
-IN_FLOAT32 = Distance(
-    losses=1e-5,
-    nll=1e-4,
-    norms=1e-5,
-    memory_norms=1e-5,
-    gradients=1e-6,
-    worst_gradient=(1e-4, ""),  # of a small one, whose rounding errors come from large ones
-    worst_weight=(1e-4, ""),
-)
 IN_BFLOAT16 = Distance(  # about twice what one process differs from float32
     losses=1e-3,
     nll=1e-2,
@@ -108,16 +97,6 @@ IN_BFLOAT16 = Distance(  # about twice what one process differs from float32
     worst_gradient=(0.2, ""),
     worst_weight=(2e-2, ""),
 )
-
-
-def wrong(case: Case, num_steps: int = 5, factor: float = 1, limits: Distance = IN_FLOAT32) -> set[str]:
-    """What is further apart than ``factor`` times what rounding explains."""
-    degrees, passes, settings, batch = case
-    batches = [batch_of(**batch, seed=seed) for seed in range(num_steps)]
-    found = compared(config_of(**degrees, **settings), passes, batches)
-    flat = [(x if isinstance(x, float) else x[0]) for x in (*found, *limits)]
-    half = len(found)
-    return {n for n, x, limit in zip(found._fields, flat[:half], flat[half:]) if not x <= factor * limit}
 
 
 @pytest.mark.parametrize("case", CORE.values(), ids=CORE)

@@ -10,7 +10,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from sleeptrain.config import ModelConfig, OptimConfig, SleepConfig
 from sleeptrain.data.batch import Batch
 from sleeptrain.model import flops
-from sleeptrain.model.sleep import SleepModel
+from sleeptrain.model.sleep import Output, SleepModel
 from sleeptrain.model.visits import Visit, Window, cut, plan
 from sleeptrain.optim.optimizer import MuonAdamW
 
@@ -28,6 +28,7 @@ RANGES = replace(HYBRID, prelude_blocks=1, coda_blocks=2)
 SLEEP = SleepConfig(window_tokens=8, num_passes=3)
 LAST_ONLY = (False, False, False, True)
 EVERY = (True, True, True, True)
+CARRY = replace(SLEEP, carry_between_batches=True, schedule="predict_then_consolidate", eviction="sliding")
 
 SETTINGS = [
     pytest.param(HYBRID, SLEEP, LAST_ONLY, id="hard"),
@@ -36,6 +37,8 @@ SETTINGS = [
     pytest.param(RANGES, SLEEP, LAST_ONLY, id="ranges"),
     pytest.param(RANGES, replace(SLEEP, schedule="predict_then_consolidate"), EVERY, id="predict-first"),
     pytest.param(replace(HYBRID, rule="delta"), SLEEP, LAST_ONLY, id="delta"),
+    pytest.param(RANGES, replace(SLEEP, carry_between_batches=True), (True, False, True, False), id="carry"),
+    pytest.param(RANGES, CARRY, EVERY, id="carry-predict-first-sliding"),
 ]
 
 
@@ -52,6 +55,15 @@ def planned(
     return windows, plan(windows, num_passes, config, sleep)
 
 
+def forward_of(model: SleepModel, batch: Batch) -> Callable[[], Output]:
+    """With three passes, as in training; with the state of a batch before where it is carried."""
+    if not model.sleep.carry_between_batches:
+        return lambda: model(batch, 3)
+    with torch.no_grad():
+        state = model(batch, 3, is_continued=True).state
+    return lambda: model(batch, 3, state, is_continued=True)
+
+
 def counted_linear(run: Callable[[], object]) -> float:
     """FLOPs per sequence of plain matrix products: linear maps and head (all else uses batched ones)."""
     with FlopCounterMode(display=False) as counter:
@@ -65,23 +77,27 @@ def test_linear_flops_are_those_of_a_forward_pass(config, sleep, has_loss) -> No
     model = SleepModel(config, sleep, VOCAB)
     expected = flops.forward_flops(config, sleep, *planned(config, sleep, has_loss), VOCAB)
     batch = batch_of(has_loss)
-    assert expected.linear + expected.head == counted_linear(lambda: model(batch, 3))
+    assert expected.linear + expected.head == counted_linear(forward_of(model, batch))
 
 
 @pytest.mark.parametrize(
     ("mode", "backprop_passes"), [("none", 0), ("pass", 0), ("block", 0), ("both", 0), ("pass", 1)]
 )
-def test_training_flops_are_those_of_forward_backward_and_recomputation(mode, backprop_passes) -> None:
+@pytest.mark.parametrize("carry", [False, True])
+def test_training_flops_are_those_of_forward_backward_and_recomputation(mode, backprop_passes, carry) -> None:
     # Without attention, convolutions and a rule to speak of, linear maps are the whole cost.
     config = ModelConfig(d_model=64, memory_key_dim=2, memory_value_dim=2, pattern="attn gdn")
     sleep = replace(SLEEP, activation_checkpointing=mode, backprop_passes=backprop_passes)
-    cost = flops.training_flops(config, sleep, *planned(config, sleep, LAST_ONLY), VOCAB)
-    model, batch = SleepModel(config, sleep, VOCAB), batch_of(LAST_ONLY)
-    measured = counted_linear(lambda: model(batch, 3).loss_sum.backward())
+    has_loss = (False, True, False, False) if carry else LAST_ONLY  # what follows the loss learns nothing
+    sleep = replace(sleep, carry_between_batches=carry)
+    cost = flops.training_flops(config, sleep, *planned(config, sleep, has_loss), VOCAB)
+    model, batch = SleepModel(config, sleep, VOCAB), batch_of(has_loss)
+    forward = forward_of(model, batch)
+    measured = counted_linear(lambda: forward().loss_sum.backward())
     assert measured == pytest.approx(cost.hardware, rel=0.02)
     assert cost.model <= cost.hardware
     assert (cost.model == cost.hardware) == (mode == "none")
-    assert (cost.model < 3 * cost.forward) == (backprop_passes == 1)
+    assert (cost.model < 3 * cost.forward) == (backprop_passes == 1 or carry)
 
 
 @pytest.mark.parametrize(
@@ -90,6 +106,7 @@ def test_training_flops_are_those_of_forward_backward_and_recomputation(mode, ba
         pytest.param(HYBRID, SLEEP, id="hard"),
         pytest.param(HYBRID, replace(SLEEP, eviction="sliding"), id="sliding"),
         pytest.param(HYBRID, replace(SLEEP, eviction="sliding", sliding_kv="per_pass"), id="per-pass"),
+        pytest.param(HYBRID, CARRY, id="carry"),
     ],
 )
 def test_attention_flops_count_the_pairs_of_the_real_masks(monkeypatch, config, sleep) -> None:
@@ -101,7 +118,9 @@ def test_attention_flops_count_the_pairs_of_the_real_masks(monkeypatch, config, 
         return attend(q, k, v, attn_mask=attn_mask, **options)
 
     monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", counting)
-    SleepModel(config, sleep, VOCAB)(batch_of(LAST_ONLY), 3)
+    forward = forward_of(SleepModel(config, sleep, VOCAB), batch_of(LAST_ONLY))
+    pairs.clear()
+    forward()
     expected = flops.forward_flops(config, sleep, *planned(config, sleep, LAST_ONLY), VOCAB).attention
     assert expected == 4 * sum(pairs) * config.num_heads * config.attention_head_dim
 
@@ -182,8 +201,9 @@ def test_ratio_rises_with_passes_and_falls_with_blocks_that_do_not_loop() -> Non
     )
 
 
-def saved_bytes(model: SleepModel, batch: Batch, num_passes: int) -> float:
+def saved_bytes(model: SleepModel, batch: Batch) -> float:
     """Bytes per sequence saved for the backward pass, weights aside, each storage once."""
+    forward = forward_of(model, batch)
     weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
     storages, alive = {}, []
 
@@ -195,7 +215,7 @@ def saved_bytes(model: SleepModel, batch: Batch, num_passes: int) -> float:
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        model(batch, num_passes)
+        forward()
     return sum(storages.values()) / BATCH
 
 
@@ -204,9 +224,7 @@ def test_activation_bytes_are_those_really_saved(config, sleep, has_loss) -> Non
     wide = replace(config, d_model=64, memory_key_dim=16, memory_value_dim=24, head_dim=None)
     windows, visits = planned(wide, sleep, has_loss)
     expected = flops.activation_bytes(wide, sleep, windows, visits, VOCAB, per_pass=False)
-    assert expected == pytest.approx(
-        saved_bytes(SleepModel(wide, sleep, VOCAB), batch_of(has_loss), 3), rel=0.1
-    )
+    assert expected == pytest.approx(saved_bytes(SleepModel(wide, sleep, VOCAB), batch_of(has_loss)), rel=0.1)
 
 
 def test_checkpointed_passes_keep_h_and_fast_weights_only() -> None:

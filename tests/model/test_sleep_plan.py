@@ -1,5 +1,6 @@
 """The plan of visits: which are run, in which order, and which nobody would read."""
 
+from dataclasses import replace
 from itertools import pairwise
 
 import pytest
@@ -14,7 +15,9 @@ def visits(
     """Visits as ``window.pass segment``, then ``loss``, or ``write`` where only the state is kept."""
     windows = [Window(i, i + 1, bool(loss)) for i, loss in enumerate(losses)]
     found = plan(windows, num_passes, ModelConfig(pattern=pattern, **model), SleepConfig(**sleep or {}))
-    if found:
+    last = max((i for i, visit in enumerate(found) if visit.has_loss), default=-1)
+    assert [visit.is_after_loss for visit in found] == [i > last for i in range(len(found))]
+    if found and not (sleep or {}).get("carry_between_batches"):
         assert found[-1].has_loss
     return [
         f"{v.window}.{v.pass_number} {v.segment}{' loss' * v.has_loss}{' write' * (not v.is_read)}"
@@ -80,6 +83,32 @@ def test_windows_after_the_last_loss_are_not_run() -> None:
     assert visits([1, 1], "gdn", 4, {"schedule": "predict_then_consolidate"})[-1] == "1.1 core loss"
 
 
+CARRY = {"carry_between_batches": True}
+
+
+def test_the_last_window_is_slept_on_where_the_next_batch_goes_on() -> None:
+    both = {"schedule": "predict_then_consolidate", **CARRY}
+    assert visits([1, 1], "gdn gdn", 3, both, coda_blocks=1) == [
+        *("0.1 core", "0.1 coda loss", "0.2 core", "0.3 core write"),
+        *("1.1 core", "1.1 coda loss", "1.2 core", "1.3 core write"),
+    ]
+    assert visits([1, 0, 0], "attn gdn", 2, CARRY) == [
+        "0.1 core loss",
+        *("1.1 core", "1.2 core write"),
+        *("2.1 core", "2.2 core write"),
+    ]
+    assert visits([0, 1], "gdn attn", 2, CARRY) == ["0.1 core", "0.2 core write", "1.1 core loss"]
+
+
+def test_a_batch_that_nobody_goes_on_from_has_the_plan_of_one() -> None:
+    """As in evaluation, whatever the run carries in training."""
+    windows = [Window(0, 4, True), Window(4, 8, True)]
+    config, alone = ModelConfig(pattern="attn gdn"), SleepConfig(schedule="predict_then_consolidate")
+    carried = replace(alone, carry_between_batches=True)
+    assert plan(windows, 3, config, carried, is_continued=False) == plan(windows, 3, config, alone)
+    assert plan(windows, 3, config, alone, is_continued=True) == plan(windows, 3, config, carried)
+
+
 def test_a_coda_without_state_is_not_run_in_sleep() -> None:
     assert visits([0, 1], "gdn attn", 2, coda_blocks=1) == [
         "0.1 core",
@@ -114,6 +143,16 @@ def test_the_visits_kept_at_the_end_have_the_activations_of_one_window_and_a_hal
     windows = [Window(*pair, pair[1] == borders[-1]) for pair in pairwise(borders)]
     found = plan(windows, 3, ModelConfig(pattern="attn gdn"), SleepConfig())
     assert [v.is_kept for v in found] == [False] * (len(found) - num_kept) + [True] * num_kept
+
+
+def test_of_visits_after_the_last_loss_none_is_kept() -> None:
+    windows = [Window(0, 8, True), Window(8, 16, False)]
+    found = plan(windows, 2, ModelConfig(pattern="attn gdn"), SleepConfig(**CARRY))
+    assert [(v.window, v.pass_number, v.is_kept) for v in found] == [
+        (0, 1, True),
+        (1, 1, False),
+        (1, 2, False),
+    ]
 
 
 def test_a_visit_counts_by_its_blocks_too() -> None:
