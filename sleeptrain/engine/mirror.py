@@ -204,11 +204,11 @@ def _rows(path: Path, first_step: int, ended: threading.Event) -> Iterator[dict[
                     if row.get("step", -1) >= newest:
                         newest = row["step"]
                         yield row
-                if is_over:
+                is_replaced = path.stat().st_ino != os.fstat(file.fileno()).st_ino
+                if is_over and not is_replaced:
                     return
                 file.seek(start)  # of a line that is not whole yet
                 ended.wait(POLL_SECONDS)
-                is_replaced = path.stat().st_ino != os.fstat(file.fileno()).st_ino
 
 
 def _in_a_line(error: BaseException) -> str:

@@ -24,10 +24,15 @@ class Integrity:
 
     def __init__(self, update: ShardedUpdate, topology: Topology) -> None:
         self.update, self.topology = update, topology
+        self.look()
+
+    def look(self) -> None:
+        """Finds the tensors, which takes longer than to sum them up, and remembers what is in them."""
         copies, own = self._tensors()
         self.copied = [name for name, _ in copies]
         self.names = self.copied + [name for name, _ in own]
-        self.changed = torch.zeros(len(self.names), dtype=torch.bool, device=topology.device)
+        self.bits = [_bits(x) for _, x in copies + own]
+        self.changed = torch.zeros(len(self.names), dtype=torch.bool, device=self.topology.device)
         self.after_update()
 
     def before_update(self) -> None:
@@ -35,15 +40,16 @@ class Integrity:
         self.changed |= self._sums() != self.left
 
     def after_update(self) -> None:
-        """Remembers what the update, or whoever else may write, left."""
+        """Remembers what the update left."""
         self.left = self._sums()
 
     def check(self) -> str | None:
         """Which process has wrong bits in which weight since the last check, the same answer in all; None
         where all is well."""
         self.before_update()
-        changed, apart = self._changed(), self._apart(self.left[: len(self.copied)])
-        self.changed.zero_()
+        changed = self._changed()
+        self.look()
+        apart = self._apart(self.left[: len(self.copied)])
         if not self.topology.any(bool(changed or apart)):
             return None
         told = self.topology.gathered((changed, apart))
@@ -77,8 +83,7 @@ class Integrity:
         return f"ranks {_words(ranks)} hold different bits of {_listed(names)}"
 
     def _sums(self) -> Tensor:
-        copies, own = self._tensors()
-        sums = [_sum_of_bits(x) for _, x in copies + own]
+        sums = [_sum(x) for x in self.bits]
         return torch.stack(sums) if sums else self.changed.int()
 
     def _tensors(self) -> tuple[list[tuple[str, Tensor]], list[tuple[str, Tensor]]]:
@@ -96,10 +101,14 @@ class Integrity:
         return copies, [(name, x) for name, x in own if x.device == self.topology.device]
 
 
-def _sum_of_bits(x: Tensor) -> Tensor:
-    """Of a tensor's elements as integers, modulo 2^16 or 2^32: one flipped bit always changes it."""
-    integer = INTEGER[x.element_size()]
-    return x.reshape(-1).view(integer).sum(dtype=integer).int()
+def _bits(x: Tensor) -> Tensor:
+    """A view of a tensor's elements as integers."""
+    return x.detach().view(-1).view(INTEGER[x.element_size()])
+
+
+def _sum(bits: Tensor) -> Tensor:
+    """Modulo 2^16 or 2^32: one flipped bit always changes it."""
+    return bits.sum(dtype=bits.dtype).int()
 
 
 def _listed(names: list[str]) -> str:

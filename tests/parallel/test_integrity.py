@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from sleeptrain.parallel.integrity import INTEGER, _listed, _sum_of_bits
+from sleeptrain.parallel.integrity import _bits, _listed, _sum
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -11,20 +11,20 @@ from sleeptrain.parallel.integrity import INTEGER, _listed, _sum_of_bits
 def test_every_flipped_bit_changes_the_sum(dtype: torch.dtype, shape: tuple[int, ...]) -> None:
     values = torch.randn(shape).to(dtype)
     values.view(-1)[0] = torch.nan
-    before = _sum_of_bits(values)
-    integers = values.view(-1).view(INTEGER[values.element_size()])
+    integers = _bits(values)
+    before = _sum(integers)
     num_bits = 8 * values.element_size()
     for i in range(values.numel()):
         for bit in range(num_bits):
             mask = -(1 << bit) if bit == num_bits - 1 else 1 << bit
             integers[i] ^= mask
-            assert _sum_of_bits(values) != before
+            assert _sum(integers) != before
             integers[i] ^= mask
-    assert _sum_of_bits(values) == before
+    assert _sum(integers) == before
 
 
 def test_no_elements_have_a_sum() -> None:
-    assert _sum_of_bits(torch.empty(0)) == 0
+    assert _sum(_bits(torch.empty(0))) == 0
 
 
 def test_many_names_are_counted() -> None:
