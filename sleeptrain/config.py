@@ -549,8 +549,8 @@ class Config:
         if not is_kept:
             raise ConfigError(
                 "sleep.carry_between_batches=true has nothing to carry: "
-                f"model.pattern={self.model.pattern!r} has no gdn or jet block, and sleep.eviction=hard keeps "
-                "no keys and values; change one of them"
+                f"model.pattern={self.model.pattern!r} has no gdn or jet block, and sleep.eviction=hard "
+                "keeps no keys and values; change one of them"
             )
         if not self.data.shards:
             raise ConfigError(
