@@ -496,7 +496,7 @@ class RunConfig:
         10, "compare the bits of all replicas' weights each so many steps and before a save; 0: never"
     )
     hang_timeout_seconds: int = setting(
-        600, "end the run, with the stacks of all processes in logs/, after this long without progress; 0: never"
+        600, "without progress for so long, end the run and leave the stacks of all ranks in logs/; 0: never"
     )
     allow_config_change: bool = setting(False, "resume although settings that shape the result differ")
 

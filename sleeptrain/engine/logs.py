@@ -1,4 +1,7 @@
-"""What each process of a run says, in ``logs/rank_<r>.log``; the first one says it on the terminal too."""
+"""What each process of a run says, in ``logs/rank_<r>.log``; the first one says it on the terminal too.
+
+Secrets of the environment are left out, as they come in messages of libraries.
+"""
 
 import os
 import sys
@@ -8,6 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TextIO
 
+from sleeptrain.engine.secrets import hide, secrets
 from sleeptrain.schema import ConfigError, RunError
 
 
@@ -20,19 +24,20 @@ def rank_log(folder: Path, rank: int) -> Iterator[Path]:
     sys.stdout.flush()
     sys.stderr.flush()
     with path.open("a", buffering=1, encoding="utf-8") as file:
-        before = sys.stdout, sys.stderr
+        before, known = (sys.stdout, sys.stderr), secrets()
+        descriptors: list[tuple[int, int]] = []
         if rank == 0:
-            sys.stdout, sys.stderr = _Tee(before[0], file), _Tee(before[1], file)
-            descriptors: list[tuple[int, int]] = []
-        else:  # also what libraries write past Python
+            sys.stdout, sys.stderr = _Tee(before[0], file, known), _Tee(before[1], file, known)
+        else:
+            sys.stdout = sys.stderr = _Tee(None, file, known)
             descriptors = [(number, os.dup(number)) for number in (1, 2)]
-            for number, _ in descriptors:
+            for number, _ in descriptors:  # also what libraries write past Python
                 os.dup2(file.fileno(), number)
         try:
             yield path
         except Exception as error:
             expected = isinstance(error, (ConfigError, RunError))
-            file.write(f"error: {error}\n" if expected else traceback.format_exc())
+            file.write(hide(f"error: {error}\n" if expected else traceback.format_exc(), known))
             raise
         finally:
             sys.stdout.flush()
@@ -44,15 +49,17 @@ def rank_log(folder: Path, rank: int) -> Iterator[Path]:
 
 
 class _Tee:
-    """A stream that also writes to a file; a progress bar that overwrites itself stays out of it."""
+    """A stream that also writes to a file, or only there; a progress bar that overwrites itself stays out of
+    it."""
 
-    def __init__(self, stream: TextIO, file: TextIO) -> None:
-        self._stream, self._file = stream, file
+    def __init__(self, stream: TextIO | None, file: TextIO, known: dict[str, str]) -> None:
+        self._stream, self._file, self._known = stream, file, known
 
     def write(self, text: str) -> int:
+        text = hide(text, self._known)
         if "\r" not in text:
             self._file.write(text)
-        return self._stream.write(text)
+        return self._stream.write(text) if self._stream else len(text)
 
     def __getattr__(self, name: str) -> object:
-        return getattr(self._stream, name)
+        return getattr(self._stream or self._file, name)

@@ -43,6 +43,7 @@ from sleeptrain.engine.resume import (
     require_same_run,
     versions,
 )
+from sleeptrain.engine.secrets import refuse_secrets
 from sleeptrain.engine.watchdog import Watchdog
 from sleeptrain.model.flops import peak_flops, training_flops
 from sleeptrain.model.visits import cut, plan
@@ -56,6 +57,7 @@ from sleeptrain.tasks import Task
 def train(config: Config, frozen_config: str) -> int:
     """Trains to the end or to a stop signal; returns the exit code. ``frozen_config`` is written as
     config.yaml. Every process of the run calls it."""
+    refuse_secrets(config)
     check_wandb(config)
     choose_device(config.run.device)
     folder = Path(config.run.dir)
@@ -151,7 +153,7 @@ class Trainer:
             self._loop(stop, metrics, progress)
             self._last_save(metrics, progress)
             metrics.sync()
-            if self.step == num_steps:
+            if self._is_done():
                 metrics.finish()
         finally:
             self._warn(self.saver.close(), progress)

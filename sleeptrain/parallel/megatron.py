@@ -5,7 +5,6 @@ It gives the losses and gradients of one process, in another order of sums.
 """
 
 import math
-from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
@@ -18,6 +17,7 @@ from sleeptrain.config import Config
 from sleeptrain.data.batch import Batch
 from sleeptrain.model.sleep import Output, PassTrace
 from sleeptrain.parallel.backend import StepResult, UpdateResult, autocast
+from sleeptrain.parallel.carried import Carried, Part
 from sleeptrain.parallel.check import micro_batch_of
 from sleeptrain.parallel.cpu_compat import cuda_means_cpu
 from sleeptrain.parallel.integrity import Integrity
@@ -42,6 +42,8 @@ class MegatronDeepspeedBackend:
             self._fill_masters()
         is_checked = config.run.check_replicas_every_steps and topology.data.size() > 1
         self.integrity = Integrity(self.update, topology) if is_checked else None
+        rows, heads = (Part(group.rank(), group.size()) for group in (topology.data, topology.tensor))
+        self.carried = Carried(self.model, config.data.batch_sequences, rows, heads)
         self.pipeline: Pipeline | None = None
         if topology.pipeline.size() > 1:
             self.pipeline = Pipeline(self.model, topology, config.parallel.sequence_parallel, self._autocast)
@@ -50,21 +52,21 @@ class MegatronDeepspeedBackend:
         """Gradients of the mean loss over the targets of all replicas; ``loss`` is this process's part of
         it."""
         batch, num_targets = self._agreed(batch)
-        parts = self._microbatches(batch)
         trace: list[PassTrace] = []
         with self.shards.reduced_at_end():
             nll = self._backward(
-                parts, num_passes, self.shards.loss_factor / num_targets, trace if traced else None
+                batch, num_passes, self.shards.loss_factor / num_targets, trace if traced else None
             )
             self._sum_partial_gradients()
         speaks = self.topology.is_last_stage and self.topology.tensor.rank() == 0
         loss = nll / num_targets if speaks else torch.zeros_like(nll)
-        return StepResult(loss, self._mean_norms(trace, num_passes) if traced else {})
+        return StepResult(loss + self.carried.doubt(), self._mean_norms(trace, num_passes) if traced else {})
 
     def step(self, lr_factor: float, loss: Tensor, max_norm: float = math.inf) -> UpdateResult:
         if self.integrity:
             self.integrity.before_update()
         result = self.update.step(lr_factor, loss, max_norm)
+        self.carried.settle(result.applied)
         if self.integrity:
             self.integrity.after_update()
         return result
@@ -98,12 +100,14 @@ class MegatronDeepspeedBackend:
 
     def slices(self) -> dict[str, list[Slice]]:
         """What this process alone holds of the logical tensors."""
-        return self.update.slices()
+        return self.update.slices() | self.carried.slices()
 
     @torch.no_grad()
     def load(self, checkpoint: Checkpoint) -> None:
-        """Takes over weights and optimizer state that any topology wrote, reading what it needs of them."""
+        """Takes over weights, optimizer state and what is carried, which any topology wrote, reading what it
+        needs of them."""
         self.update.load(checkpoint)
+        self.carried.load(checkpoint)
         if self.integrity:
             self.integrity.look()
 
@@ -114,22 +118,30 @@ class MegatronDeepspeedBackend:
             values = initial_values(fragment.held, self.config).reshape(-1)
             fragment.weight.copy_(values[fragment.start : fragment.start + len(fragment.weight)])
 
-    def _backward(
-        self, parts: Sequence[Batch], num_passes: int, scale: float, trace: list[PassTrace] | None
-    ) -> Tensor:
+    def _backward(self, batch: Batch, num_passes: int, scale: float, trace: list[PassTrace] | None) -> Tensor:
         """Adds the gradients of ``scale`` times the summed loss; returns the summed loss that was seen
         here."""
+        micro, carried = micro_batch_of(self.config, len(batch.ids)), self.carried
+        spans = [slice(start, start + micro) for start in range(0, len(batch.ids), micro)]
         if self.pipeline is not None:
-            walks = self.pipeline.run(parts, num_passes, scale, trace=trace)
+            parts = [batch.rows(rows).to(self.device) for rows in spans]
+            states = [carried.read(rows) for rows in spans] if carried.is_on else None
+            walks = self.pipeline.run(parts, num_passes, scale, trace=trace, states=states)
+            for rows, walk in zip(spans, walks):
+                carried.write(rows, walk.carry.passes.start)
             return torch.stack([walk.nll.sum() for walk in walks]).sum()
         total = torch.zeros((), device=self.device)
-        for part in parts:
+        for rows in spans:
+            part, state = batch.rows(rows).to(self.device), carried.read(rows)
             with self._compatible():
                 with self._autocast():
-                    output = self.shards.model(part, num_passes, trace=trace)
+                    # By name: of what comes in order ZeRO-3 hands on copies.
+                    options = {"state": state, "trace": trace, "is_continued": carried.is_on}
+                    output = self.shards.model(part, num_passes, **options)
                     loss = output.loss_sum * scale
                 loss.backward()
             total += output.loss_sum.detach()
+            carried.write(rows, output.state)
         return total
 
     def _agreed(self, batch: Batch) -> tuple[Batch, int]:
@@ -139,10 +151,6 @@ class MegatronDeepspeedBackend:
         dist.all_reduce(told, group=self.topology.host)
         num_targets, *counts = told.tolist()
         return batch.with_windows(tuple(count > 0 for count in counts)), num_targets
-
-    def _microbatches(self, batch: Batch) -> list[Batch]:
-        size = micro_batch_of(self.config, len(batch.ids))
-        return [batch.rows(slice(i, i + size)).to(self.device) for i in range(0, len(batch.ids), size)]
 
     def _sum_partial_gradients(self) -> None:
         """Of weights that every tensor rank holds and sees a part of; of those that both end stages hold."""

@@ -29,7 +29,7 @@ from sleeptrain.pretrain import main
 pytestmark = pytest.mark.more
 BOUND_SECONDS, FOREVER_SECONDS, START_SECONDS = 5, 600, 60
 HANG_STEP = 3
-SETTINGS = [*TINY, "eval.every_steps=0", "run.num_threads=1", "data.micro_batch_sequences=2"]
+SETTINGS = [*TINY, "model.pattern=attn gdn", "eval.every_steps=0", "run.num_threads=1"]
 DEGREES = {"tp": "tensor_size", "pp": "pipeline_size", "dp": "data_size"}
 
 Hang = Callable[[], None]
@@ -65,6 +65,7 @@ def ends(
     seconds = timeout_seconds if setting is None else setting
     arguments = [f"run.dir={folder}/run", *SETTINGS, f"run.hang_timeout_seconds={seconds}"]
     arguments += [f"parallel.{DEGREES[name]}={size}" for name, size in degrees.items()]
+    arguments += ["data.micro_batch_sequences=2"] * ("pp" in degrees)
     num_ranks, port = math.prod(degrees.values()), free_port()
     children = []
     for rank in range(num_ranks):
@@ -182,7 +183,7 @@ def test_a_call_that_keeps_the_interpreter_is_ended_and_named(tmp_path: Path) ->
 @pytest.mark.parametrize("hang", [sleep, keep_the_interpreter])
 def test_a_single_process_ends_too(tmp_path: Path, hang: Hang) -> None:
     """R6: without a group; where no thread of Python runs, its stacks have to do."""
-    assert ends(tmp_path, "dp1", 0, hang, timeout_seconds=5) == [1]
+    assert ends(tmp_path, "dp1", 0, hang, timeout_seconds=6) == [1]
     assert f"in {hang.__name__}\n" in stacks_of(tmp_path, 0)
     if hang is sleep:
         (error,) = errors_of(tmp_path, 0)
@@ -206,12 +207,12 @@ def test_what_is_slow_within_the_timeout_goes_on(tmp_path: Path) -> None:
 
     def slow(_: object) -> None:
         evaluate, save = trainer.evaluate, Saver.save
-        trainer.evaluate = lambda *arguments: (time.sleep(3), evaluate(*arguments))[1]
-        Saver.save = lambda *arguments: (time.sleep(3), save(*arguments))[1]  # type: ignore[method-assign]
-        before_step(7, lambda: time.sleep(3))
+        trainer.evaluate = lambda *arguments: (time.sleep(5), evaluate(*arguments))[1]
+        Saver.save = lambda *arguments: (time.sleep(5), save(*arguments))[1]  # type: ignore[method-assign]
+        before_step(7, lambda: time.sleep(5))
 
-    settings = ("run.hang_timeout_seconds=5", "optim.num_steps=8", "checkpoint.every_steps=8")
-    assert train(tmp_path / "run", *settings, sabotage=slow) == 0
+    settings = ("model.pattern=attn gdn", "optim.num_steps=8", "checkpoint.every_steps=8")
+    assert train(tmp_path / "run", *settings, "run.hang_timeout_seconds=9", sabotage=slow) == 0
     assert not list((tmp_path / "run/logs").glob("stacks_*"))
 
 

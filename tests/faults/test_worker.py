@@ -48,7 +48,9 @@ def test_workers_change_nothing(shards: str, reference: Path, tmp_path: Path) ->
     assert compare_runs(tmp_path / "run", reference) == ""
 
 
-def test_a_killed_worker_is_an_error_and_the_run_goes_on(shards: str, reference: Path, tmp_path: Path) -> None:
+def test_a_killed_worker_is_an_error_and_the_run_goes_on(
+    shards: str, reference: Path, tmp_path: Path
+) -> None:
     process = Process(tmp_path / "run", (shards, "data.num_workers=2"), at_step(12))
     process.await_moment()
     victim = workers_of(process.pid)[-1]
