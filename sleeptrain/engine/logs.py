@@ -9,7 +9,7 @@ import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TextIO
+from typing import Any, TextIO
 
 from sleeptrain.engine.secrets import hide, secrets
 from sleeptrain.schema import ConfigError, RunError
@@ -29,7 +29,7 @@ def rank_log(folder: Path, rank: int) -> Iterator[Path]:
         if rank == 0:
             sys.stdout, sys.stderr = _Tee(before[0], file, known), _Tee(before[1], file, known)
         else:
-            sys.stdout = sys.stderr = _Tee(None, file, known)
+            sys.stdout, sys.stderr = _Tee(None, file, known), _Tee(None, file, known)
             descriptors = [(number, os.dup(number)) for number in (1, 2)]
             for number, _ in descriptors:  # also what libraries write past Python
                 os.dup2(file.fileno(), number)
@@ -61,5 +61,5 @@ class _Tee:
             self._file.write(text)
         return self._stream.write(text) if self._stream else len(text)
 
-    def __getattr__(self, name: str) -> object:
+    def __getattr__(self, name: str) -> Any:
         return getattr(self._stream or self._file, name)

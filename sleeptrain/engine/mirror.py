@@ -158,7 +158,7 @@ def _start(settings: dict[str, Any], mode: Literal["online", "offline"]) -> Any:
             finish_timeout=settings["finish_seconds"],
             finish_timeout_raises=True,
             console="off",
-            disable_git=True,  # the address of a remote may hold a token
+            disable_git=True,  # it keeps the user's name in a remote's address, which may be a token
             x_stats_pid=settings["pid"],
         ),
     )

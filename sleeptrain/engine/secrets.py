@@ -31,7 +31,7 @@ def refuse_secrets(config: Config) -> None:
         for name, secret in secrets().items():
             if secret in str(value):
                 raise ConfigError(
-                    f"{setting} holds the value of the environment variable {name}, and would be written into "
+                    f"{setting} holds the value of the environment variable {name} and would be written into "
                     "the run folder; leave it out: what needs the variable reads it from the environment"
                 )
 
