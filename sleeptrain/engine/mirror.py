@@ -85,7 +85,11 @@ class Mirror:
         if self._has_failed or not (said or code):
             return None
         self._has_failed = True
-        return said.decode().splitlines()[0] if said else f"its process ended with exit code {code}"
+        return (
+            said.decode().splitlines()[0]
+            if said
+            else f"its process ended with exit code {code}, see logs/wandb.log"
+        )
 
     def finish(self) -> None:
         """Waits until the last rows are sent, but not for long."""
