@@ -77,10 +77,34 @@ class StreamedRows:
                 _Stream(self.mixture, readers, number, state)
                 for number, state in zip(self.streams, self._states)
             ]
-        return join([stream.row() for stream in self._open for _ in range(self.rows_per_stream)])
+        in_order = [stream for stream in self._open for _ in range(self.rows_per_stream)]
+        return self._packed(in_order) if self.mixture.is_packed else self._examples(in_order)
 
     def state(self) -> list[list[int]]:
         return [stream.state() for stream in self._open] or [list(state) for state in self._states]
+
+    def _packed(self, in_order: "list[_Stream]") -> Rows:
+        return join([stream.packed() for stream in in_order])
+
+    def _examples(self, in_order: "list[_Stream]") -> Rows:
+        """Everything but the copy of its tokens is done for all rows at once."""
+        tokens = np.empty((len(in_order), 2, self.mixture.row_tokens), dtype=np.int64)
+        difficulty, names = np.empty(len(in_order), dtype=np.int64), np.empty((len(in_order), 4), np.int64)
+        for row, stream in enumerate(in_order):
+            difficulty[row], names[row] = stream.example(tokens[row])
+        if tokens.min() < -1 or tokens.max() >= self.mixture.vocab_size:
+            wrong = ((tokens < -1) | (tokens >= self.mixture.vocab_size)).any(axis=(1, 2))
+            source, shard, sample, _ = names[wrong][0]
+            name = self.mixture.indexes[source].shards[shard].name
+            raise ShardError(
+                f"{self.mixture.urls[source]}/{name}: sample {sample} of it holds ids that are not below "
+                f"{self.mixture.vocab_size}"
+            )
+        ids, targets = tokens[:, 0], tokens[:, 1]
+        masks = {"loss_mask": targets >= 0, "valid": ids >= 0}
+        return Rows(
+            Examples(np.maximum(ids, 0), np.maximum(targets, 0), **masks, difficulty=difficulty), names
+        )
 
 
 class _Stream:
@@ -99,34 +123,31 @@ class _Stream:
         """Samples drawn, then the position in each source."""
         return [self.drawn, *(n for source in self.sources for n in source.position)]
 
-    def row(self) -> Rows:
-        return self._packed() if self.mixture.is_packed else self._example()
-
     def _next(self) -> "_Source":
         return self.sources[source_at(self.drawn, self.number, self.mixture.shares, self.mixture.seed)]
 
-    def _example(self) -> Rows:
+    def example(self, tokens: Ints) -> tuple[int, list[int]]:
+        """Copies the next example to ``tokens`` [2, T]; its difficulty and name."""
         source = self._next()
         shard, sample, name = source.find()
-        ids, targets = _example_arrays(shard, sample, self.mixture.row_tokens, self.mixture.vocab_size)
+        found = shard.tokens(sample)
+        if found.shape != tokens.shape:
+            raise ShardError(
+                f"{shard.name}: sample {shard.keys[sample]} has the shape {list(found.shape)} and not "
+                f"{list(tokens.shape)}"
+            )
+        tokens[:] = found
         difficulty = shard.meta(sample).get("difficulty", 0)
         if type(difficulty) is not int:
             raise ShardError(f"{shard.name}: the difficulty of {shard.keys[sample]} is no whole number")
         self._finish(source)
-        row = Examples(
-            ids=np.maximum(ids, 0)[None],
-            targets=np.maximum(targets, 0)[None],
-            loss_mask=(targets >= 0)[None],
-            valid=(ids >= 0)[None],
-            difficulty=np.array([difficulty]),
-        )
-        return Rows(row, name[None])
+        return difficulty, name
 
     def _finish(self, source: "_Source") -> None:
         source.advance()
         self.drawn += 1
 
-    def _packed(self) -> Rows:
+    def packed(self) -> Rows:
         """Documents one after the other, each from the border of a window on, the last one cut where the row
         ends. Pads fill up the first window of a document, so that its other windows are full."""
         length = self.mixture.window_tokens
@@ -156,7 +177,16 @@ class _Stream:
                 source.position = source.position._replace(tokens=stop)
         mask = valid.reshape(1, -1)
         row = Examples(ids.reshape(1, -1), targets.reshape(1, -1), mask, mask, np.zeros(1, dtype=np.int64))
-        return Rows(row, names[0][None], reset[None])
+        return Rows(row, np.array(names[:1]), reset[None])
+
+
+class _Current(NamedTuple):
+    """The shard that a stream reads: its place among those of the stream, and in the index."""
+
+    turn: int
+    number: int
+    shard: Shard
+    order: list[int]
 
 
 class _Source:
@@ -168,23 +198,30 @@ class _Source:
         self.mixture, self.reader, self.source, self.stream = mixture, reader, source, stream
         self.position = position
         self._ahead: dict[int, Future[Shard]] = {}  # by number of the shard in this stream
-        self._order: tuple[int, Ints] = (-1, np.zeros(0, dtype=np.int64))
+        self._current: _Current | None = None
 
-    def find(self) -> tuple[Shard, int, Ints]:
+    def find(self) -> tuple[Shard, int, list[int]]:
         """The shard, the sample in it, and the name of the place."""
-        shard = self._shard()
-        epoch, number = self._place(self.position.shards)
-        if self._order[0] != self.position.shards:
-            purpose = f"samples of shard {number} of source {self.source}"
-            self._order = (self.position.shards, shuffled(len(shard), self.mixture.seed, purpose, epoch))
-        sample = int(self._order[1][self.position.samples])
-        return shard, sample, np.array([self.source, number, sample, self.position.tokens])
+        current = self._current
+        if current is None or current.turn != self.position.shards:
+            current = self._current = self._turn()
+        sample = current.order[self.position.samples]
+        return current.shard, sample, [self.source, current.number, sample, self.position.tokens]
 
     def advance(self) -> None:
-        """To the next sample."""
+        """To the next sample after the one found."""
+        assert self._current is not None
         shards, samples, _ = self.position
-        is_last = samples + 1 == len(self._shard())
+        is_last = samples + 1 == len(self._current.order)
         self.position = Position(shards + 1) if is_last else Position(shards, samples + 1)
+
+    def _turn(self) -> "_Current":
+        """The shard that is due, and the order of its samples."""
+        shard = self._shard()
+        epoch, number = self._place(self.position.shards)
+        purpose = f"samples of shard {number} of source {self.source}"
+        order = shuffled(len(shard), self.mixture.seed, purpose, epoch).tolist()
+        return _Current(self.position.shards, number, shard, order)
 
     def _shard(self) -> Shard:
         for _ in self.reader.index.shards:
@@ -207,17 +244,6 @@ class _Source:
         return shard_at(place, len(self.reader.index.shards), self.mixture.seed, self.source)
 
 
-def _example_arrays(shard: Shard, sample: int, num_tokens: int, vocab_size: int) -> tuple[Ints, Ints]:
-    tokens = shard.tokens(sample)
-    if tokens.shape != (2, num_tokens) or not -1 <= tokens.min() <= tokens.max() < vocab_size:
-        raise ShardError(
-            f"{shard.name}: sample {shard.keys[sample]} is no example of {num_tokens} tokens below "
-            f"{vocab_size}"
-        )
-    ids, targets = tokens.astype(np.int64)
-    return ids, targets
-
-
 def _document(shard: Shard, sample: int, end: int) -> Tokens:
     tokens = shard.tokens(sample)
     if tokens.ndim != 1 or (tokens.size and not 0 <= tokens.min() <= tokens.max() < end):
@@ -227,6 +253,8 @@ def _document(shard: Shard, sample: int, end: int) -> Tokens:
 
 def join(parts: Sequence[Rows]) -> Rows:
     """All rows in one."""
+    if len(parts) == 1:
+        return parts[0]
     examples = Examples(*(np.concatenate(column) for column in zip(*(p.examples for p in parts))))
     names = np.concatenate([p.names for p in parts])
     resets = [p.reset_state for p in parts if p.reset_state is not None]

@@ -111,7 +111,7 @@ def test_workers_only_read_ahead(tmp_path: Path, source: str) -> None:
 def test_batches_of_shards_cannot_be_skipped(tmp_path: Path) -> None:
     stream = sharded(tmp_path / "set")
     stream.batch(0)
-    with pytest.raises(ValueError, match="expected step 1, got 5"):
+    with pytest.raises(ValueError, match="expected 1, got 5"):
         stream.batch(5)
 
 

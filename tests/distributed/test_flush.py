@@ -38,7 +38,7 @@ class Ranks(NamedTuple):
 def build(config: Config, stage: int) -> tuple[SleepModel, list[Held]]:
     alone: Any = Ranks(0, 1)
     pipeline: Any = Ranks(stage, config.parallel.pipeline_size)
-    topology = Topology(torch.device("cpu"), alone, pipeline, alone, pipeline, None, alone)
+    topology = Topology(torch.device("cpu"), alone, pipeline, alone, pipeline, None, alone, alone)
     model, held = build_stage(config, VOCAB, topology)
     model.double()
     with torch.no_grad():
