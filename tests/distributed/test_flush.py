@@ -52,7 +52,7 @@ def flush(config: Config, batch: Batch, num_passes: int) -> tuple[Tensor, dict[s
     num_stages = config.parallel.pipeline_size
     models, held = zip(*(build(config, stage) for stage in range(num_stages)))
     parts = [batch.rows(slice(i, i + 2)) for i in range(0, len(batch.ids), 2)]
-    trips = [_Trips(model, parts, num_passes, 1.0, nullcontext, None) for model in models]
+    trips = [_Trips(model, parts, num_passes, 1.0, nullcontext, None, None) for model in models]
     longest = max(window.stop - window.start for window in trips[0].windows)
     for of_stage in trips:
         of_stage.message_tokens = longest
