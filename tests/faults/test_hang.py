@@ -223,18 +223,19 @@ def test_torchrun_starts_the_group_again(tmp_path: Path) -> None:
         textwrap.dedent("""
             import os, sys, time
             import ranks  # imports what the ranks need
-            from sleeptrain.engine.trainer import Trainer
+            from sleeptrain.engine import trainer
             from sleeptrain.pretrain import main
 
-            train_step = Trainer.train_step
+            train_step = trainer.Trainer.train_step
 
-            def hang_once(trainer):
-                if trainer.step == 8 and os.environ["RANK"] == "1":
+            def hang_once(self):
+                if self.step == 8 and os.environ["RANK"] == "1":
                     if os.environ["TORCHELASTIC_RESTART_COUNT"] == "0":
                         time.sleep(600)
-                return train_step(trainer)
+                return train_step(self)
 
-            Trainer.train_step = hang_once
+            trainer.Trainer.train_step = hang_once
+            trainer.draw_learning_curve = lambda *arguments: []
             sys.exit(main(sys.argv[1:]))
         """)
     )
