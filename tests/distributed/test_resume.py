@@ -33,7 +33,7 @@ from sleeptrain.config import (
 from sleeptrain.data.stream import TrainStream
 from sleeptrain.engine.metrics import FILE_NAME
 from sleeptrain.engine.resilience import EXIT_REQUEUE
-from sleeptrain.engine.trainer import train
+from sleeptrain.engine.trainer import Trainer, train
 
 TOPOLOGIES = {
     "single": (1, ParallelConfig()),
@@ -78,18 +78,22 @@ def run(folder: Path, topology: str, stop_at: int | None = None) -> None:
 
 def _train(config: Config, stop_at: int | None) -> int:
     sys.stdout = Path(os.devnull).open("w")  # noqa: SIM115
-    batch_of, is_last = TrainStream.batch, int(os.environ["RANK"]) + 1 == int(os.environ["WORLD_SIZE"])
+    batch_of, train_step = TrainStream.batch, Trainer.train_step
+    is_last = int(os.environ["RANK"]) + 1 == int(os.environ["WORLD_SIZE"])
 
-    def batch_or_stop(stream: TrainStream, step: int):
+    def recorded(stream: TrainStream, step: int):
         batch = batch_of(stream, step)
         record = {"step": step, "rank": int(os.environ["RANK"]), "keys": batch.example_keys.tolist()}
         with (Path(config.run.dir) / "examples.jsonl").open("a") as file:
             file.write(json.dumps(record) + "\n")
-        if step + 1 == stop_at and is_last:
-            os.kill(os.getpid(), signal.SIGTERM)
         return batch
 
-    TrainStream.batch = batch_or_stop
+    def step_or_stop(trainer: Trainer):
+        if trainer.step + 1 == stop_at and is_last:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return train_step(trainer)
+
+    TrainStream.batch, Trainer.train_step = recorded, step_or_stop
     return train(config, "resume: true\n")
 
 
