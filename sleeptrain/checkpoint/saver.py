@@ -26,7 +26,7 @@ from sleeptrain.checkpoint.writer import HostMemory, StagedGroup, write_groups
 
 WRITTEN, REASON = "written_{:05d}.json", "reason_{:05d}.txt"
 GIVEN_UP = "another process gave it up"
-PATIENCE_SECONDS, FAREWELL_SECONDS = 1800.0, 10.0
+PATIENCE_SECONDS, FAREWELL_SECONDS = 1800.0, 3.0
 
 
 class Saver:

@@ -157,6 +157,12 @@ def found_beside(checkpoints_dir: Path) -> tuple[int, list[str]]:
     return found.step, said
 
 
+def cpu_seconds(pid: int) -> float:
+    """What a process has computed so far: unlike the time that passed, nothing else that runs changes it."""
+    user, system = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[11:13]
+    return (int(user) + int(system)) / os.sysconf("SC_CLK_TCK")
+
+
 def at_step(step: int) -> Sabotage:
     """The moment is the beginning of a step; the run goes on."""
 

@@ -4,7 +4,6 @@ The resumed run ends bit-equal to the uninterrupted one in every tensor and ever
 same samples in the same steps.
 """
 
-import os
 import random
 import signal
 import subprocess
@@ -24,6 +23,7 @@ from fault_runs import (
     at_step,
     between_windows,
     committed_steps,
+    cpu_seconds,
     in_save,
     samples,
     train,
@@ -108,12 +108,6 @@ def test_the_same_command_goes_on_within_seconds(reference: Path, tmp_path: Path
     again.stdout.read()
     assert again.wait() == 0
     assert compare_runs(folder, reference) == ""
-
-
-def cpu_seconds(pid: int) -> float:
-    """What a process has computed so far: unlike the time that passed, nothing else that runs changes it."""
-    user, system = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[11:13]
-    return (int(user) + int(system)) / os.sysconf("SC_CLK_TCK")
 
 
 def forget_the_optimizer() -> None:
