@@ -55,9 +55,9 @@ class Carried:
         return None if self.state is None else map_tensors(lambda x: x[rows], self.state)
 
     def write(self, rows: slice, state: State) -> None:
-        """What these rows left."""
+        """What these rows left; a copy, for a convolution tail is a view of its whole window."""
         if self.is_on:
-            self._left[rows.start] = map_tensors(Tensor.detach, state)
+            self._left[rows.start] = map_tensors(lambda x: x.detach().clone(), state)
 
     def doubt(self) -> Tensor | float:
         """0, or NaN where not all that was left is finite. As a part of the loss it makes every process skip
@@ -70,7 +70,8 @@ class Carried:
         """After the update, or what was none."""
         if applied and self._left:
             parts = [self._left[start] for start in sorted(self._left)]
-            self.state = map_tensors(lambda *x: torch.cat(x), *parts)
+            self.state = None  # makes room first
+            self.state = map_tensors(lambda *x: torch.cat(x), *parts) if len(parts) > 1 else parts[0]
         self._left.clear()
 
     def slices(self) -> dict[str, list[Slice]]:
