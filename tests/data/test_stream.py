@@ -2,6 +2,7 @@
 
 import time
 from dataclasses import replace
+from multiprocessing import forkserver
 from pathlib import Path
 
 import pytest
@@ -106,6 +107,7 @@ def test_workers_only_read_ahead(tmp_path: Path, source: str) -> None:
         assert equal(alone.batch(6), ahead.batch(6))
     finally:
         ahead.close()
+        forkserver._forkserver._stop()  # a process that is forked from this one starts its own
 
 
 def test_batches_of_shards_cannot_be_skipped(tmp_path: Path) -> None:

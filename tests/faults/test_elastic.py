@@ -4,6 +4,7 @@ samples in the same order."""
 import os
 import random
 import signal
+import sys
 import threading
 import time
 import traceback
@@ -77,9 +78,10 @@ def _fork(rank, num_ranks, meet, folder, settings, sabotage) -> int:
         return pid
     code = 98
     try:
-        with (folder.parent / f"out_{rank}").open("a") as output:
-            os.dup2(output.fileno(), 1)
-            os.dup2(output.fileno(), 2)
+        output = (folder.parent / f"out_{rank}").open("a", buffering=1)
+        os.dup2(output.fileno(), 1)
+        os.dup2(output.fileno(), 2)
+        sys.stdout, sys.stderr = output, output
         torch.set_num_threads(1)
         os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(num_ranks), "LOCAL_RANK": str(rank)}
         dist.init_process_group("gloo", init_method=f"file://{meet}", rank=rank, world_size=num_ranks)

@@ -94,9 +94,11 @@ def has_ended(pid: int) -> bool:
 
 
 @contextlib.contextmanager
-def half_way(out: Path, num_done: int) -> Iterator[tuple[subprocess.Popen[str], list[int]]]:
-    """A process that has made so many of 60 shards, and its workers."""
-    process = begin(out, 60, 2)
+def half_way(
+    out: Path, num_done: int, num_shards: int = 60
+) -> Iterator[tuple[subprocess.Popen[str], list[int]]]:
+    """A process that has made so many of all shards, and its workers."""
+    process = begin(out, num_shards, 2)
     try:
         wait_for(lambda: len(list(out.glob("*.tar"))) >= num_done or process.poll() is not None)
         assert process.poll() is None, process.communicate()
@@ -139,7 +141,7 @@ def test_a_worker_that_is_killed_ends_it_with_a_sentence(tmp_path: Path) -> None
 
 @pytest.mark.more
 def test_control_c_ends_it_with_a_sentence(tmp_path: Path) -> None:
-    with half_way(tmp_path / "set", 3) as (process, pids):
+    with half_way(tmp_path / "set", 3, num_shards=2000) as (process, pids):
         for pid in (process.pid, *pids):  # as a terminal does
             os.kill(pid, signal.SIGINT)
         _, error = process.communicate(timeout=120)
