@@ -184,7 +184,7 @@ def test_activations_and_messages_are_those_of_a_measured_run(mode, degrees) -> 
         tolerance = 0.1 if mode == "none" else 0.25  # of little, the parts not counted weigh more
         assert expected == pytest.approx(measured, rel=tolerance)
         if mode == "none":
-            assert expected[1] - expected[0] == pytest.approx(measured[1] - measured[0], rel=0.03)
+            assert expected[1] - expected[0] == pytest.approx(measured[1] - measured[0], rel=0.06)
 
 
 def test_stages_and_tensor_ranks_together_hold_every_weight_once() -> None:
