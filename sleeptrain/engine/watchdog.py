@@ -49,11 +49,11 @@ class Watchdog:
         if not self.timeout_seconds:
             return
         self._over = True
+        if self._roll_call:
+            self._roll_call.close()  # first: it takes an alarm for one while it is open
         self._alarm.set()
         self._thread.join()
         faulthandler.cancel_dump_traceback_later()
-        if self._roll_call:
-            self._roll_call.close()
         self._stacks.close()
         path = Path(self._stacks.name)
         if not path.stat().st_size:

@@ -1,5 +1,6 @@
 """Real processes for the tests: import once, then fork ranks that meet through a file."""
 
+import faulthandler
 import os
 import signal
 import tempfile
@@ -42,17 +43,20 @@ def run_ranks(num_ranks: int, function: Callable[..., Any], *arguments: Any) -> 
         missing = _wait(children, folder)
         errors = sorted(folder.glob("error_*"), key=lambda path: path.stat().st_mtime_ns)
         assert not errors, f"{errors[0].name}: {errors[0].read_text()}"
-        assert not missing, f"ranks {missing} did not come back"
+        assert not missing, f"ranks did not come back, by rank: {missing}"
         return [torch.load(folder / f"result_{rank}", weights_only=False) for rank in range(num_ranks)]
 
 
-def _wait(children: dict[int, int], folder: Path) -> list[int]:
-    """Waits for the processes and kills what hangs; the ranks that ended without a result."""
+def _wait(children: dict[int, int], folder: Path) -> dict[int, str]:
+    """Waits for the processes and kills what hangs; how the ranks ended that left no result, with the stacks
+    of a crash."""
     deadline = time.monotonic() + TIMEOUT_SECONDS
-    has_failed, running = False, dict(children)
+    has_failed, running, codes = False, dict(children), dict[int, int]()
     while running:
-        for child in [child for child in running if os.waitpid(child, os.WNOHANG)[0]]:
-            del running[child]
+        for child in list(running):
+            ended, status = os.waitpid(child, os.WNOHANG)
+            if ended:
+                codes[running.pop(child)] = os.waitstatus_to_exitcode(status)
         if not has_failed and any(folder.glob("error_*")):
             has_failed, deadline = True, min(deadline, time.monotonic() + GRACE_SECONDS)
         if running and time.monotonic() > deadline:
@@ -61,7 +65,9 @@ def _wait(children: dict[int, int], folder: Path) -> list[int]:
                 os.waitpid(child, 0)
             break
         time.sleep(0.005)
-    return [rank for rank in children.values() if not (folder / f"result_{rank}").exists()]
+    missing = [rank for rank in children.values() if not (folder / f"result_{rank}").exists()]
+    crash = {rank: (folder / f"crash_{rank}").read_text() for rank in missing}
+    return {rank: f"exit code {codes.get(rank, 'none, it hung')}\n{crash[rank]}" for rank in missing}
 
 
 def _run(
@@ -69,6 +75,7 @@ def _run(
 ) -> None:
     """In the child: never returns."""
     code = 1
+    faulthandler.enable((folder / f"crash_{rank}").open("w"))
     try:
         torch.set_num_threads(1)
         os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(num_ranks), "LOCAL_RANK": str(rank)}

@@ -8,9 +8,11 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch.distributed as dist
 
 from sleeptrain.config import RunConfig
 from sleeptrain.engine.watchdog import LAST_SECONDS, Watchdog
+from sleeptrain.parallel.failure import own_store
 from sleeptrain.parallel.roll_call import Pulse, Report, culprits, sentence_of
 from sleeptrain.schema import ConfigError
 
@@ -114,6 +116,19 @@ def test_nothing_is_left_of_a_watchdog_that_was_left(tmp_path: Path) -> None:
     assert exit_code(leave, tmp_path / "errors") == 7
     assert not (tmp_path / "errors").read_text()
     assert not (tmp_path / "stacks_rank_0.txt").exists()
+
+
+def test_leaving_a_watchdog_raises_no_alarm_for_the_ranks_still_at_work(tmp_path: Path) -> None:
+    def leave() -> None:
+        dist.init_process_group("gloo", init_method=f"file://{tmp_path}/meet", rank=0, world_size=1)
+        for _ in range(20):
+            with Watchdog(60, tmp_path, 0) as watchdog:
+                watchdog.meet(2)
+        sys.stderr.write(f"alarm: {own_store().check(['alarm'])}")
+        sys.stderr.flush()
+
+    assert exit_code(leave, tmp_path / "errors") == 7
+    assert (tmp_path / "errors").read_text() == "alarm: False"
 
 
 def test_switched_off_it_starts_nothing(tmp_path: Path) -> None:
