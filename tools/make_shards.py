@@ -180,7 +180,9 @@ def finish_all(plan: Plan, known: dict[str, ShardEntry], num_procs: int) -> Iter
     context = multiprocessing.get_context("spawn")  # fsspec may have threads by now, which a fork loses
     pool = ProcessPoolExecutor(min(num_procs, len(work)), context, _begin_worker, (plan,))
     try:
-        yield from pool.map(_work, work)
+        with _no_interrupts():
+            results = pool.map(_work, work)
+        yield from results
     except BrokenProcessPool as error:
         raise RunError(
             "a process was killed, perhaps for want of memory; the same command goes on, with a lower "
@@ -224,13 +226,22 @@ def build(plan: Plan, shard: int) -> tuple[bytes, ShardEntry]:
     return data, ShardEntry(plan.name(shard), len(places), num_tokens, len(data), sha256)
 
 
+@contextmanager
+def _no_interrupts() -> Iterator[None]:
+    """A Ctrl-C comes afterwards; a process started meanwhile never hears of one: its parent decides."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
 _plan: Plan  # of a worker, which gets it once
 
 
 def _begin_worker(plan: Plan) -> None:
     global _plan
     _plan = plan
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent decides
     threading.Thread(target=_end_with_parent, daemon=True).start()
 
 
