@@ -137,7 +137,7 @@ def stacks_of(folder: Path, rank: int) -> str:
     ("parallel", "victim"),
     [
         ("dp2", 1),
-        ("dp2", 0),
+        pytest.param("dp2", 0, marks=pytest.mark.more),
         ("pp2_dp2", 2),
         pytest.param("pp2_dp2", 0, marks=pytest.mark.slow),
         pytest.param("tp2_dp2", 2, marks=pytest.mark.slow),
@@ -160,7 +160,7 @@ def test_a_rank_that_enters_no_collective_is_named_with_its_place(
         assert any(entry["profiling_name"] == "gloo:all_reduce" for entry in record["fr"]["entries"])
 
 
-@pytest.mark.parametrize("victim", [0, 1])
+@pytest.mark.parametrize("victim", [0, pytest.param(1, marks=pytest.mark.more)])
 def test_a_stopped_rank_is_named_by_the_others(tmp_path: Path, victim: int) -> None:
     """R6: SIGSTOP, also of the rank that holds the store."""
     codes = ends(tmp_path, "dp2", victim, stop)
