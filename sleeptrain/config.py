@@ -366,6 +366,11 @@ class ParallelConfig:
     )
 
     @property
+    def per_replica(self) -> int:
+        """Processes that hold one copy of the model."""
+        return self.tensor_size * self.pipeline_size
+
+    @property
     def is_local(self) -> bool:
         """Whether one process of plain torch is meant."""
         degrees = (self.tensor_size, self.pipeline_size, self.data_size or 1)
@@ -505,6 +510,48 @@ class RunConfig:
 
 
 @dataclass(frozen=True)
+class ClusterConfig:
+    """Who starts the processes of a run, and what is done when some of them die. No result depends on it."""
+
+    kind: Literal["local", "local_procs", "ray", "slurm"] = setting(
+        "local",
+        "local: this process is the run, or torchrun started it; local_procs: torchrun on this machine; ray: "
+        "workers of a Ray cluster; slurm: tasks that srun started",
+    )
+    num_workers: int | None = setting(
+        None, "processes to start (local_procs, ray); null: one replica, or parallel.data_size of them"
+    )
+    min_workers: int | None = setting(
+        None, "ray: go on with as few when nodes are gone, and grow again when they are back; null: never"
+    )
+    max_restarts: int = setting(3, "how often the processes are started again after a failure")
+    resize_check_seconds: float = setting(60.0, "ray: look so often whether there is room to grow")
+    allow_unauthenticated: bool = setting(
+        False, "ray: use a cluster that others on the network can reach without a token"
+    )
+
+    def workers(self, parallel: ParallelConfig) -> int:
+        """Processes to start."""
+        return self.num_workers or parallel.per_replica * (parallel.data_size or 1)
+
+    def __post_init__(self) -> None:
+        for name in ("num_workers", "min_workers"):
+            if getattr(self, name) is not None:
+                _require_positive("cluster", self, (name,))
+        _require_in("cluster", self, ("max_restarts", "resize_check_seconds"), 0)
+        if self.num_workers is not None and self.kind not in ("local_procs", "ray"):
+            raise ConfigError(
+                f"cluster.num_workers={self.num_workers} is not for cluster.kind={self.kind}, whose "
+                "processes torchrun or srun counts; leave it out, or use cluster=local_procs or cluster=ray"
+            )
+        if self.min_workers is not None and self.kind != "ray":
+            raise ConfigError(
+                f"cluster.min_workers={self.min_workers} is for cluster=ray, and cluster.kind={self.kind}; "
+                "leave it out"
+            )
+
+
+@dataclass(frozen=True)
 class Config:
     """A whole run."""
 
@@ -518,6 +565,7 @@ class Config:
     eval: EvalConfig = field(default_factory=EvalConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     log: LogConfig = field(default_factory=LogConfig)
+    cluster: ClusterConfig = field(default_factory=ClusterConfig)
     dry_run: bool = setting(False, "print the model, the plan of visits and the cost over N, and stop")
 
     @property
@@ -542,6 +590,29 @@ class Config:
             raise ConfigError("sleep.learned_initial_state=true needs a gdn or jet block in model.pattern")
         if self.sleep.carry_between_batches:
             self._check_carry()
+        self._check_workers()
+
+    def _check_workers(self) -> None:
+        """The numbers of processes that a run may have are made of whole replicas."""
+        most, per_replica = self.cluster.workers(self.parallel), self.parallel.per_replica
+        fewest = self.cluster.min_workers
+        if self.cluster.kind in ("local_procs", "ray") and most % per_replica:
+            raise ConfigError(
+                f"cluster.num_workers={most} is no multiple of the {per_replica} processes of a replica "
+                "(parallel.tensor_size x parallel.pipeline_size); choose a multiple"
+            )
+        if fewest is None:
+            return
+        if fewest > most or fewest % per_replica:
+            raise ConfigError(
+                f"cluster.min_workers={fewest} must be a multiple of {per_replica} up to "
+                f"cluster.num_workers={most}"
+            )
+        if self.parallel.data_size is not None:
+            raise ConfigError(
+                f"cluster.min_workers={fewest} lets the number of replicas change, and parallel.data_size="
+                f"{self.parallel.data_size} fixes it; set cluster.num_workers and parallel.data_size=null"
+            )
 
     def _check_carry(self) -> None:
         """Something must be left to carry, and rows must go on where the batch before ended."""

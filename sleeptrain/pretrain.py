@@ -1,4 +1,5 @@
-"""Entry point: compose the config, freeze it, train. ``python -m sleeptrain.pretrain experiment=quickstart``
+"""Entry point: compose the config, freeze it, train here or start workers.
+``python -m sleeptrain.pretrain experiment=quickstart``
 
 Hydra composes the values of ``configs/`` with ``KEY=VALUE`` arguments; the same command again resumes the
 run.
@@ -16,11 +17,11 @@ from hydra.errors import HydraException
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from sleeptrain.cluster.launch import EXIT_CONFIG, EXIT_FAILED, launch
 from sleeptrain.config import Config, Rule110Config, TaskConfig
 from sleeptrain.schema import ConfigError, RunError, describe, flatten, from_dict, to_dict, unknown
 
 CONFIGS = Path(__file__).resolve().parent.parent / "configs"
-EXIT_CONFIG = 2
 
 USAGE = """\
 usage: python -m sleeptrain.pretrain [experiment=NAME] [baseline=NAME] [KEY=VALUE ...]
@@ -31,6 +32,9 @@ Trains a model that sleeps, and resumes when the run folder already holds a chec
   python -m sleeptrain.pretrain experiment=quickstart sleep.num_passes=4 run.id=n4
   python -m sleeptrain.pretrain experiment=rule110_paper dry_run=true
   torchrun --nproc-per-node 8 -m sleeptrain.pretrain experiment=quickstart parallel=tp2_pp2_dp2
+  python -m sleeptrain.pretrain experiment=quickstart cluster=local_procs parallel=dp2
+
+launchers/README.md has the same for Ray and Slurm.
 """
 
 
@@ -52,9 +56,6 @@ def main(arguments: list[str]) -> int:
             check_difficulties(task, config.eval.difficulties)
             print(plan_report(config, task, open_mixture(config, task)))
             return 0
-        from sleeptrain.engine.trainer import train
-
-        return train(config, OmegaConf.to_yaml(OmegaConf.create(to_dict(config))))
     except ConfigError as error:
         from sleeptrain.parallel.speaker import say
 
@@ -62,7 +63,8 @@ def main(arguments: list[str]) -> int:
         return EXIT_CONFIG
     except RunError as error:
         print(f"error: {error}", file=sys.stderr)
-        return 1
+        return EXIT_FAILED
+    return launch(config, OmegaConf.to_yaml(OmegaConf.create(to_dict(config))), arguments)
 
 
 def compose_config(arguments: list[str]) -> Config:

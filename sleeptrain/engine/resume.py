@@ -30,7 +30,7 @@ FREE_SETTINGS = (
     "data.cache_gib",
     "sleep.activation_checkpointing",
 )
-FREE_SECTIONS = ("log.", "checkpoint.", "eval.", "parallel.")
+FREE_SECTIONS = ("log.", "checkpoint.", "eval.", "parallel.", "cluster.")
 COMPUTING_PACKAGES = ("torch", "triton")
 
 

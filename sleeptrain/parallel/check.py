@@ -13,13 +13,14 @@ def check_degrees(config: Config, vocab_size: int, sequence_tokens: int, world_s
     replicas = check_world(parallel, world_size)
     check_tensor_size(config.model, vocab_size, parallel.tensor_size)
     blocks_of_stage(config.model, 0, parallel.pipeline_size)
-    _check_rows(config, replicas)
+    check_rows(config, replicas)
     if parallel.sequence_parallel:
         _check_windows(config, sequence_tokens)
     return replicas
 
 
-def _check_rows(config: Config, replicas: int) -> None:
+def check_rows(config: Config, replicas: int) -> None:
+    """Raises ConfigError where a batch cannot be shared out among so many replicas."""
     batch, stages = config.data.batch_sequences, config.parallel.pipeline_size
     if batch % replicas:
         raise ConfigError(

@@ -167,7 +167,7 @@ def leave() -> None:
 
 def check_world(config: ParallelConfig, world_size: int) -> int:
     """The data-parallel degree; raises ConfigError when the degrees do not fit the number of processes."""
-    per_replica = config.tensor_size * config.pipeline_size
+    per_replica = config.per_replica
     degrees = f"parallel.tensor_size={config.tensor_size} x parallel.pipeline_size={config.pipeline_size}"
     if config.data_size is not None and per_replica * config.data_size != world_size:
         raise ConfigError(

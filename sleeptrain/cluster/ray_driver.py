@@ -1,0 +1,165 @@
+"""The driver of a run on a Ray cluster: ``ray job submit -- python -m sleeptrain.pretrain cluster=ray ...``
+
+It needs no GPU. It checks that the cluster is fit and safe, lets Ray Train start a worker per GPU (or CPU
+core) and start them all again when one dies, and hands a stop on to them.
+"""
+
+import json
+import os
+import secrets
+import sys
+import threading
+import time
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+from sleeptrain.cluster.attempts import Attempts, Outcome
+from sleeptrain.config import Config
+from sleeptrain.engine.resilience import StopSignal
+from sleeptrain.schema import ConfigError, to_dict
+
+os.environ.setdefault("RAY_CHDIR_TO_TRIAL_DIR", "0")  # workers stay in the folder of the job
+
+import ray
+import ray.train
+from ray.train.backend import Backend, BackendConfig
+from ray.train.torch import TorchConfig, TorchTrainer
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+from sleeptrain.cluster import ray_worker
+from sleeptrain.cluster.ray_cluster import check_resources, connect
+from sleeptrain.cluster.ray_job import JobMetadata
+
+NAMESPACE = "sleeptrain"
+POLL_SECONDS = 1.0
+PREVIOUS_SECONDS = 60.0  # for what is left of a driver that was killed to end
+
+
+def drive(config: Config, frozen_config: str) -> int:
+    """Returns the exit code of the run, as ``sleeptrain.pretrain`` does. Raises ConfigError where the cluster
+    cannot or should not run it."""
+    folder = check_folder(config)
+    connect(config, NAMESPACE)
+    use_gpu = check_resources(config)
+    control = claim(folder)
+    token = secrets.token_hex(8)
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / ray_worker.SHARED_FILE).write_text(token)
+    settings = {
+        "run": json.dumps({"config": to_dict(config), "frozen": frozen_config}),
+        "control": control_name(folder),
+        "token": token,
+    }
+    error = follow(make_trainer(config, folder, settings, use_gpu), control)
+    outcome: Outcome = ray.get(control.outcome.remote())
+    if outcome.code and outcome.sentence:
+        print(f"error: {outcome.sentence}", file=sys.stderr)
+    elif error and outcome.code:
+        raise error
+    return outcome.code
+
+
+def follow(trainer: TorchTrainer, control: Any) -> BaseException | None:
+    """Runs the training to its end and hands a signal to stop on to it; what Ray raised, if anything."""
+    errors: list[BaseException] = []
+
+    def fit() -> None:
+        try:
+            trainer.fit()
+        except BaseException as error:
+            errors.append(error)
+
+    thread, metadata = threading.Thread(target=fit, daemon=True), JobMetadata()
+    with StopSignal() as stop:
+        thread.start()
+        while thread.is_alive():
+            thread.join(POLL_SECONDS)
+            if stop.requested:
+                control.request_stop.remote()
+            else:
+                metadata.show(ray.get(control.status.remote()))
+    return errors[0] if errors else None
+
+
+def check_folder(config: Config) -> Path:
+    """The run folder; raises ConfigError where workers would look for it elsewhere."""
+    folder = Path(config.run.dir)
+    if not folder.is_absolute():
+        raise ConfigError(
+            f"run.dir={folder} would lie in the working folder of a job, which ends with it; give an "
+            "absolute path on a file system that all nodes share"
+        )
+    return folder
+
+
+def control_name(folder: Path) -> str:
+    """Of the actor that stands for a run folder."""
+    return f"run {folder}"
+
+
+def claim(folder: Path) -> Any:
+    """The actor that driver and workers talk through. It exists once per run folder: raises ConfigError where
+    another driver has it, and waits for one that was killed."""
+    actor: Any = ray.remote(num_cpus=0)(Attempts)
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+    deadline = time.monotonic() + PREVIOUS_SECONDS
+    while True:
+        try:
+            control = actor.options(name=control_name(folder), scheduling_strategy=here).remote()
+            ray.get(control.status.remote())
+            return control
+        except ValueError:  # the name is taken
+            if time.monotonic() > deadline:
+                raise ConfigError(
+                    f"run folder {folder} is in use by another job of this cluster; wait for it, stop it "
+                    "(ray job stop), or choose another run.id"
+                ) from None
+            time.sleep(POLL_SECONDS)
+
+
+def make_trainer(config: Config, folder: Path, settings: dict[str, str], use_gpu: bool) -> TorchTrainer:
+    """One worker per process of the run; all are started again when one fails."""
+    cluster, most = config.cluster, config.cluster.workers(config.parallel)
+    return TorchTrainer(
+        ray_worker.supervise,
+        train_loop_config=settings,
+        torch_config=Rendezvous(backend="gloo"),
+        scaling_config=ray.train.ScalingConfig(  # mypy knows that of Ray Train 1
+            num_workers=(cluster.min_workers, most) if cluster.min_workers else most,  # type: ignore
+            elastic_resize_monitor_interval_s=cluster.resize_check_seconds,
+            use_gpu=use_gpu,
+            placement_strategy="PACK",  # ranks count by node, and neighbours talk most
+        ),
+        run_config=ray.train.RunConfig(
+            name="ray_train",
+            storage_path=str(folder / "logs"),
+            failure_config=ray.train.FailureConfig(max_failures=cluster.max_restarts),
+        ),
+    )
+
+
+class Rendezvous(TorchConfig):
+    """Tells all workers where rank 0 is. The processes that train form the group, not the workers."""
+
+    @property
+    def backend_cls(self) -> type[Backend]:
+        return _Rendezvous
+
+    @property
+    def train_func_context(self) -> Any:
+        return nullcontext
+
+
+class _Rendezvous(Backend):
+    share_cuda_visible_devices = True  # of a node, so that LOCAL_RANK counts them
+
+    def on_start(self, worker_group: Any, backend_config: BackendConfig) -> None:
+        from ray.train._internal.utils import get_address_and_port
+
+        address, port = worker_group.execute_single(0, get_address_and_port)
+        worker_group.execute(_set_master, address, str(port))
+
+
+def _set_master(address: str, port: str) -> None:
+    os.environ |= {"MASTER_ADDR": address, "MASTER_PORT": port}

@@ -1,0 +1,133 @@
+"""A Ray cluster on this machine: the real daemons, started as a user does, in a folder of their own."""
+
+import contextlib
+import os
+import secrets
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import psutil
+
+ROOT = Path(__file__).resolve().parents[2]
+QUICK = {  # a node that is gone is noticed within seconds
+    "RAY_health_check_initial_delay_ms": "2000",
+    "RAY_health_check_period_ms": "1000",
+    "RAY_health_check_timeout_ms": "2000",
+    "RAY_health_check_failure_threshold": "3",
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "OMP_NUM_THREADS": "1",
+}
+LOOPBACK = {"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0"}  # as launchers/ray_local.sh does
+
+
+class Ray:
+    """Context manager: a head with ``num_cpus`` inside of it, and the nodes that ``add_node`` starts. Without
+    ``on_loopback`` it listens on the network, as a cluster of several machines must."""
+
+    def __init__(self, num_cpus: int = 2, authenticated: bool = True, on_loopback: bool = True) -> None:
+        self.num_cpus, self.on_loopback = num_cpus, on_loopback
+        self.port, self.dashboard_port = free_port(), free_port()
+        self.token = secrets.token_hex(32)
+        auth = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": self.token}
+        without = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
+        path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+        self.environ = without | QUICK | {"PATH": path, "PYTHONPATH": str(ROOT)}
+        self.environ |= LOOPBACK if on_loopback else {}
+        self.environ |= auth if authenticated else {"RAY_AUTH_MODE": "disabled"}
+
+    def __enter__(self) -> "Ray":
+        self._temp = tempfile.TemporaryDirectory(prefix="ray", dir="/tmp")  # sockets want a short path
+        ports = [f"--port={self.port}", f"--dashboard-port={self.dashboard_port}", "--include-dashboard=true"]
+        self._start("--head", *ports, f"--temp-dir={self._temp.name}")
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        pids = self.processes()
+        for pid in pids:
+            with contextlib.suppress(psutil.Error):
+                psutil.Process(pid).kill()
+        wait_for(lambda: not any(map(is_alive, pids)), 20)
+        self._temp.cleanup()
+
+    def add_node(self, num_cpus: int = 1) -> int:
+        """Another node on this machine; the process id of its raylet."""
+        before = set(self.processes("raylet/raylet"))
+        self._start(f"--address=localhost:{self.port}", num_cpus=num_cpus)
+        (raylet,) = set(self.processes("raylet/raylet")) - before
+        return raylet
+
+    @property
+    def dashboard(self) -> str:
+        return f"http://127.0.0.1:{self.dashboard_port}"
+
+    def processes(self, program: str = "") -> list[int]:
+        """Of this cluster: those with its folder or port in their command line, and what they started."""
+        found: dict[int, str] = {}
+        for process in psutil.process_iter():
+            with contextlib.suppress(psutil.Error):
+                command = " ".join(process.cmdline())
+                if self._temp.name in command or f"--address=127.0.0.1:{self.port} " in command:
+                    for one in (process, *process.children(recursive=True)):
+                        found[one.pid] = " ".join(one.cmdline())
+        return [pid for pid, command in found.items() if program in command and pid != os.getpid()]
+
+    def drivers(self) -> list[int]:
+        """Of the jobs that run: not the shells around them."""
+        pids = self.processes("sleeptrain.pretrain")
+        return [pid for pid in pids if psutil.Process(pid).cmdline()[1:3] == ["-m", "sleeptrain.pretrain"]]
+
+    def submit(self, *settings: str, name: str = "") -> subprocess.Popen[str]:
+        """``ray job submit`` over HTTP, as launchers/ray_submit.sh does; it follows the job's log."""
+        named = ["--submission-id", name] if name else []
+        return subprocess.Popen(
+            [
+                *("ray", "job", "submit", "--address", self.dashboard, *named, "--"),
+                *("python", "-m", "sleeptrain.pretrain", "cluster=ray", *settings),
+            ],
+            env=self.environ,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+
+    def call(self, *arguments: str) -> str:
+        """The output of a command of ``ray``."""
+        done = subprocess.run(
+            ["ray", *arguments], env=self.environ, capture_output=True, text=True, timeout=120
+        )
+        return done.stdout + done.stderr
+
+    def _start(self, *arguments: str, num_cpus: int | None = None) -> None:
+        size = [f"--num-cpus={num_cpus or self.num_cpus}", "--object-store-memory=80000000"]
+        done = subprocess.run(
+            ["ray", "start", *arguments, *size],
+            env=self.environ,
+            capture_output=True,
+            text=True,
+            timeout=120,
+        )
+        assert done.returncode == 0, done.stdout + done.stderr
+
+
+def is_alive(pid: int) -> bool:
+    with contextlib.suppress(psutil.Error):
+        return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
+    return False
+
+
+def free_port() -> int:
+    with socket.socket() as one:
+        one.bind(("127.0.0.1", 0))
+        return int(one.getsockname()[1])
+
+
+def wait_for(condition: Callable[[], object], seconds: float, what: Callable[[], str] = str) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, what()
+        time.sleep(0.1)

@@ -1,0 +1,202 @@
+"""Jobs of a real Ray cluster: whole runs, killed workers and drivers, stops, refusals."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+from e2e_runs import TINY, compare_runs
+from ray_daemons import ROOT, Ray, wait_for
+
+from sleeptrain.engine.metrics import FILE_NAME
+
+STEPS = ("optim.num_steps=90", "eval.every_steps=0")
+RUN = (*TINY, "experiment=quickstart", "run.device=cpu", "run.num_threads=1", *STEPS)
+TRAINS = "sleeptrain.cluster.training_process"
+PATIENCE_SECONDS = 180
+
+pytestmark = pytest.mark.more
+
+
+@pytest.fixture(scope="module")
+def ray() -> Iterator[Ray]:
+    with Ray() as running:
+        yield running
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same run, by torchrun."""
+    folder = tmp_path_factory.mktemp("runs") / "undisturbed"
+    command = [sys.executable, "-m", "sleeptrain.pretrain", "cluster=local_procs", "cluster.num_workers=2"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    subprocess.run(
+        [*command, f"run.dir={folder}", *RUN], check=True, capture_output=True, cwd=ROOT, env=environment
+    )
+    return folder
+
+
+def submit(ray: Ray, folder: Path, *settings: str, name: str = "") -> subprocess.Popen[str]:
+    return ray.submit(f"run.dir={folder}", *RUN, "cluster.num_workers=2", *settings, name=name)
+
+
+def finish(job: subprocess.Popen[str]) -> str:
+    """What a job that ends well has said."""
+    output, _ = job.communicate(timeout=PATIENCE_SECONDS)
+    assert job.returncode == 0, output
+    assert "succeeded" in output
+    return output
+
+
+def steps(folder: Path) -> list[int]:
+    path = folder / FILE_NAME
+    rows = map(json.loads, path.read_text().splitlines()) if path.exists() else ()
+    return [row["step"] for row in rows if "train/loss" in row]
+
+
+def await_step(folder: Path, step: int, job: subprocess.Popen[str]) -> None:
+    def has_come() -> bool:
+        assert job.poll() is None, job.communicate()[0]
+        return max(steps(folder), default=0) >= step
+
+    wait_for(has_come, PATIENCE_SECONDS)
+
+
+def test_a_job_ends_as_the_local_run_does(ray: Ray, undisturbed: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    output = finish(submit(ray, folder, name="whole"))
+    assert compare_runs(folder, undisturbed) == ""
+    assert "step 90/90" in output
+    listed = ray.call("job", "list", "--address", ray.dashboard)
+    assert "'sleeptrain/step': '90'" in listed
+    assert "'sleeptrain/processes': '2'" in listed
+
+
+@pytest.mark.parametrize("victim", ["process", "worker"])
+def test_a_killed_worker_is_started_again(ray: Ray, undisturbed: Path, tmp_path: Path, victim: str) -> None:
+    """The process that trains, or the worker of Ray above it, with which it goes."""
+    folder = tmp_path / "run"
+    job = submit(ray, folder)
+    await_step(folder, 15, job)
+    (*_, trains) = ray.processes(TRAINS)
+    os.kill(trains if victim == "process" else psutil.Process(trains).ppid(), signal.SIGKILL)
+    finish(job)
+    assert compare_runs(folder, undisturbed) == ""
+    assert not ray.processes(TRAINS)
+
+
+def test_a_stopped_job_has_saved_and_goes_on(ray: Ray, undisturbed: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    job = submit(ray, folder, "checkpoint.every_steps=0", name="stopped")
+    await_step(folder, 15, job)
+    for pid in ray.drivers():
+        os.kill(pid, signal.SIGTERM)
+    output, _ = job.communicate(timeout=PATIENCE_SECONDS)
+    assert job.returncode != 0
+    assert "exit code 75" in output, output
+    (checkpoint,) = (folder / "checkpoints").glob("step_*")
+    assert int(checkpoint.name.removeprefix("step_")) >= 15
+    finish(submit(ray, folder))
+    assert compare_runs(folder, undisturbed) == ""
+
+
+def test_a_killed_driver_takes_its_run_along_and_the_next_goes_on(
+    ray: Ray, undisturbed: Path, tmp_path: Path
+) -> None:
+    folder = tmp_path / "run"
+    job = submit(ray, folder)
+    await_step(folder, 15, job)
+    for pid in ray.drivers():
+        os.kill(pid, signal.SIGKILL)
+    output = finish(submit(ray, folder))  # at once: it waits for what is left of the other
+    assert compare_runs(folder, undisturbed) == ""
+    assert re.search("run quickstart: step [1-9]", output)
+    job.communicate(timeout=PATIENCE_SECONDS)
+
+
+def test_a_second_driver_of_a_folder_is_refused(ray: Ray, tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    job = submit(ray, folder, name="first")
+    await_step(folder, 3, job)
+    control = (
+        "import sys; from pathlib import Path; from sleeptrain.cluster import ray_driver as d\n"
+        "d.PREVIOUS_SECONDS = 1.0; d.ray.init(namespace=d.NAMESPACE, log_to_driver=False)\n"
+        "try: d.claim(Path(sys.argv[1]))\nexcept d.ConfigError as error: print('refused:', error)"
+    )
+    second = subprocess.run(
+        [sys.executable, "-c", control, str(folder)],
+        env=ray.environ | {"RAY_ADDRESS": f"127.0.0.1:{ray.port}"},
+        capture_output=True,
+        text=True,
+        timeout=PATIENCE_SECONDS,
+    )
+    assert f"refused: run folder {folder} is in use by another job" in second.stdout, second.stderr
+    finish(job)
+
+
+def test_a_failure_that_comes_again_at_the_same_step_ends_the_run(ray: Ray, tmp_path: Path) -> None:
+    """A damaged shard, which the order of the data comes to at the same step each time."""
+    shards = tmp_path / "shards"
+    sizes = ("--num-examples=800", "--shard-samples=40")
+    make = [sys.executable, str(ROOT / "tools" / "make_shards.py"), str(shards), *sizes]
+    subprocess.run([*make, *TINY], check=True, capture_output=True, cwd=ROOT, env=ray.environ)
+    for path in sorted(shards.glob("*.tar"))[::5]:
+        path.write_bytes(path.read_bytes()[:-1000] + b"x" * 1000)
+    job = submit(ray, tmp_path / "run", f"data.shards=[{shards}]", "checkpoint.every_steps=0")
+    output, _ = job.communicate(timeout=PATIENCE_SECONDS)
+    assert job.returncode != 0
+    assert "error: it failed twice at the same place, after step " in output
+    assert output.count("run quickstart: step 0 of 90") == 2
+
+
+@pytest.mark.parametrize("method", ["GET", "POST", "DELETE"])
+def test_without_the_token_the_jobs_are_out_of_reach(ray: Ray, method: str) -> None:
+    """R21."""
+    path = "" if method != "DELETE" else "whole"
+    request = urllib.request.Request(f"{ray.dashboard}/api/jobs/{path}", method=method, data=b"{}")
+    for header in ({}, {"Authorization": "Bearer " + "0" * 64}):
+        for name, value in header.items():
+            request.add_header(name, value)
+        with pytest.raises(urllib.error.HTTPError) as refused:
+            urllib.request.urlopen(request, timeout=10)
+        assert refused.value.code in (401, 403)
+
+
+def test_nothing_of_a_local_cluster_listens_beyond_loopback(ray: Ray) -> None:
+    """R21."""
+    pids, found = set(ray.processes()), []
+    for connection in psutil.net_connections("inet"):
+        if connection.pid in pids and connection.status == psutil.CONN_LISTEN:
+            found.append(connection.laddr.ip.removeprefix("::ffff:"))
+    assert len(found) > 5
+    assert set(found) == {"127.0.0.1"}
+
+
+@pytest.mark.parametrize(
+    ("settings", "sentence"),
+    [
+        (("run.dir=runs/here",), "run.dir=runs/here would lie in the working folder of a job"),
+        (("cluster.num_workers=5",), "cluster.num_workers=5 needs 5 CPUs, and the Ray cluster has 2"),
+    ],
+)
+def test_what_a_driver_refuses(ray: Ray, tmp_path: Path, settings: tuple[str, ...], sentence: str) -> None:
+    job = ray.submit(f"run.dir={tmp_path}/run", *RUN, *settings)
+    output, _ = job.communicate(timeout=PATIENCE_SECONDS)
+    assert job.returncode != 0
+    assert f"error: {sentence}" in output
+
+
+def test_without_a_cluster_it_says_so(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "sleeptrain.pretrain", "cluster=ray", f"run.dir={tmp_path}/run", *RUN]
+    environment = os.environ | {"RAY_ADDRESS": "127.0.0.1:1", "RAY_AUTH_MODE": "disabled"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=ROOT, timeout=120)
+    assert done.returncode == 2
+    assert done.stderr.strip().splitlines()[-1].startswith("error: cluster=ray finds no Ray cluster")

@@ -1,0 +1,82 @@
+"""Nodes of a Ray cluster that go and come: the run goes on with what is there."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from ray_daemons import ROOT, Ray, wait_for
+from test_ray import PATIENCE_SECONDS, RUN, finish, steps
+
+from sleeptrain.engine.metrics import FILE_NAME
+
+ELASTIC = ("cluster.num_workers=2", "cluster.min_workers=1", "cluster.resize_check_seconds=5")
+BOUND_SECONDS = 120
+
+pytestmark = pytest.mark.more
+
+
+@pytest.fixture
+def ray() -> Iterator[Ray]:
+    """A head with one core; the nodes are reached by the network of this machine, as those of others are."""
+    with Ray(num_cpus=1, on_loopback=False) as running:
+        yield running
+
+
+def processes_of(ray: Ray) -> int:
+    listed = ray.call("job", "list", "--address", ray.dashboard)
+    found = re.search(r"'sleeptrain/processes': '(\d+)'", listed)
+    return int(found[1]) if found else 0
+
+
+def orders(folder: Path) -> dict[int, int]:
+    """By step: which samples were read up to there."""
+    rows = map(json.loads, (folder / FILE_NAME).read_text().splitlines())
+    return {row["step"]: row["train/sample_order"] for row in rows if "train/sample_order" in row}
+
+
+def test_two_nodes_then_one_then_two_read_the_same_samples(ray: Ray, tmp_path: Path) -> None:
+    """R5: a raylet is killed; training goes on within two minutes on what is left, and grows again."""
+    folder, alone = tmp_path / "run", tmp_path / "alone"
+    settings = (*RUN, "optim.num_steps=1000000", "log.every_steps=5", "checkpoint.every_steps=20")
+    raylet = ray.add_node(1)
+    job = ray.submit(f"run.dir={folder}", *settings, *ELASTIC)
+    wait_for(lambda: processes_of(ray) == 2 and max(steps(folder), default=0) >= 30, PATIENCE_SECONDS)
+    os.kill(raylet, signal.SIGKILL)
+    killed = time.monotonic()
+    wait_for(lambda: processes_of(ray) == 1, PATIENCE_SECONDS)
+    reached = max(steps(folder))
+    wait_for(lambda: max(steps(folder)) > reached, PATIENCE_SECONDS)
+    assert time.monotonic() - killed < BOUND_SECONDS
+    ray.add_node(1)
+    wait_for(lambda: processes_of(ray) == 2, PATIENCE_SECONDS)
+    reached = max(steps(folder))
+    wait_for(lambda: max(steps(folder)) > reached, PATIENCE_SECONDS)
+    for pid in ray.drivers():
+        os.kill(pid, signal.SIGTERM)
+    job.communicate(timeout=PATIENCE_SECONDS)
+    last = max(steps(folder))
+    one = [sys.executable, "-m", "sleeptrain.pretrain", f"run.dir={alone}", *settings]
+    undisturbed = subprocess.Popen(one, cwd=ROOT, stdout=subprocess.DEVNULL)
+    wait_for(lambda: max(steps(alone), default=0) >= last, PATIENCE_SECONDS)
+    undisturbed.terminate()
+    undisturbed.wait()
+    expected = orders(alone)
+    assert orders(folder) == {step: expected[step] for step in orders(folder)}
+
+
+def test_a_cluster_that_strangers_could_use_is_refused(tmp_path: Path) -> None:
+    """R21: it listens on the network and asks for no token."""
+    with Ray(authenticated=False, on_loopback=False) as ray:
+        job = ray.submit(f"run.dir={tmp_path}/run", *RUN)
+        output, _ = job.communicate(timeout=PATIENCE_SECONDS)
+        assert job.returncode != 0
+        assert "asks nobody for a token" in output
+        allowed = ("cluster.allow_unauthenticated=true", "optim.num_steps=3")
+        finish(ray.submit(f"run.dir={tmp_path}/run", *RUN, *allowed))
