@@ -17,8 +17,9 @@ from hydra.errors import HydraException
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from sleeptrain.cluster.launch import EXIT_CONFIG, EXIT_FAILED, launch
+from sleeptrain.cluster.launch import EXIT_FAILED, launch
 from sleeptrain.config import Config, Rule110Config, TaskConfig
+from sleeptrain.engine.resilience import EXIT_CONFIG
 from sleeptrain.schema import ConfigError, RunError, describe, flatten, from_dict, to_dict, unknown
 
 CONFIGS = Path(__file__).resolve().parent.parent / "configs"

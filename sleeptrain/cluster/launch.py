@@ -10,9 +10,10 @@ import sys
 from collections.abc import Sequence
 
 from sleeptrain.config import Config
+from sleeptrain.engine.resilience import EXIT_CONFIG
 from sleeptrain.schema import ConfigError, RunError
 
-EXIT_DONE, EXIT_FAILED, EXIT_CONFIG = 0, 1, 2
+EXIT_FAILED = 1
 
 
 def launch(config: Config, frozen_config: str, arguments: Sequence[str]) -> int:
