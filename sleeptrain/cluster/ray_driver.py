@@ -103,7 +103,7 @@ def claim(folder: Path) -> Any:
     another driver has it, and waits for one that was killed."""
     actor: Any = ray.remote(num_cpus=0)(Attempts)
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
-    deadline = time.monotonic() + PREVIOUS_SECONDS
+    deadline, is_told = time.monotonic() + PREVIOUS_SECONDS, False
     while True:
         try:
             control = actor.options(name=control_name(folder), scheduling_strategy=here).remote()
@@ -115,6 +115,9 @@ def claim(folder: Path) -> Any:
                     f"run folder {folder} is in use by another job of this cluster; wait for it, stop it "
                     "(ray job stop), or choose another run.id"
                 ) from None
+            if not is_told:
+                print(f"waiting for another job on {folder}, which may be about to end", flush=True)
+                is_told = True
             time.sleep(POLL_SECONDS)
 
 

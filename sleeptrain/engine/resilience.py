@@ -84,13 +84,16 @@ class StopSignal:
     leaves.
 
     ``requested`` is the name of the first signal that came, else None. A second SIGINT raises
-    KeyboardInterrupt. For the main thread; the handlers before it come back at the end.
+    KeyboardInterrupt. For the main thread; the handlers before it come back at the end, unless the run was
+    stopped (``has_stopped``): signals that come later than those of other processes then find it leaving, and
+    are ignored.
     """
 
     SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGINT)
 
     def __init__(self) -> None:
         self.requested: str | None = None
+        self.has_stopped = False
         self._interrupted = False
 
     def __enter__(self) -> "StopSignal":
@@ -99,7 +102,8 @@ class StopSignal:
 
     def __exit__(self, *_: object) -> None:
         for number, handler in self._previous.items():
-            signal.signal(number, signal.SIG_DFL if handler is None else handler)
+            before = signal.SIG_DFL if handler is None else handler
+            signal.signal(number, signal.SIG_IGN if self.has_stopped else before)
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         if number == signal.SIGINT and self._interrupted:

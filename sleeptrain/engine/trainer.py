@@ -163,6 +163,7 @@ class Trainer:
         if not self._is_done():
             reason = stop.requested or "a signal to another process"
             print(f"stopped by {reason}; the same command goes on from step {self.saver.committed_step}")
+            stop.has_stopped = True
             return EXIT_REQUEUE
         if self.place.rank > 0:
             return 0

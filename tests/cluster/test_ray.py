@@ -93,6 +93,19 @@ def test_a_killed_worker_is_started_again(ray: Ray, undisturbed: Path, tmp_path:
     assert not ray.processes(TRAINS)
 
 
+def test_a_process_that_hangs_is_ended_and_all_start_again(
+    ray: Ray, undisturbed: Path, tmp_path: Path
+) -> None:
+    """R6: the watchdog of the others says so and ends them, the worker ends the one that cannot."""
+    folder = tmp_path / "run"
+    job = submit(ray, folder, "run.hang_timeout_seconds=10")
+    await_step(folder, 15, job)
+    os.kill(ray.processes(TRAINS)[-1], signal.SIGSTOP)
+    output = finish(job)
+    assert re.search(r"error: rank \d hangs: ", output)
+    assert compare_runs(folder, undisturbed) == ""
+
+
 def test_a_stopped_job_has_saved_and_goes_on(ray: Ray, undisturbed: Path, tmp_path: Path) -> None:
     folder = tmp_path / "run"
     job = submit(ray, folder, "checkpoint.every_steps=0", name="stopped")

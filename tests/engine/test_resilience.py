@@ -77,6 +77,19 @@ def test_a_signal_sets_the_flag_and_the_old_handler_returns(name):
     assert signal.getsignal(number) is before
 
 
+def test_a_signal_that_comes_after_the_stop_does_not_change_the_exit_code() -> None:
+    """Those of other processes may have come earlier, and the run has stopped by them."""
+    before = signal.getsignal(signal.SIGTERM)
+    try:
+        with StopSignal() as stop:
+            stop.has_stopped = True
+        signal.raise_signal(signal.SIGTERM)
+    finally:
+        for number in StopSignal.SIGNALS:
+            signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
+    assert before == signal.getsignal(signal.SIGTERM)
+
+
 def test_the_second_interrupt_stops_at_once():
     with StopSignal() as stop:
         signal.raise_signal(signal.SIGTERM)

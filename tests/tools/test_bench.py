@@ -109,3 +109,8 @@ def test_help_explains_the_figure(name):
     assert done.returncode == 0, done.stderr
     assert "--quick" in done.stdout
     assert "ratio" in done.stdout.lower()
+
+
+def test_ray_overhead_compares_the_same_run() -> None:
+    [ratio] = numbers_after("ratio step under ray / under torchrun", quick("ray_overhead"))
+    assert ratio > 0

@@ -1,0 +1,104 @@
+"""What Ray costs a step: the same run of two processes under torchrun and as a run on a Ray cluster.
+
+Each round runs both, in folders of their own, on a cluster of this machine that is started for it. A figure
+is the median of train/step_seconds over the rows of a run, the first ones left out; then the median of the
+rounds. No time outside of steps counts: Ray's own start is shown beside it.
+"""
+
+import contextlib
+import json
+import os
+import secrets
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from statistics import median
+
+import measure
+import psutil
+
+SETTINGS = ("experiment=quickstart", "run.device=cpu", "run.num_threads=1", "eval.every_steps=0")
+NUM_WORKERS, WARMUP_ROWS = 2, 2
+BAR = 1.05
+
+
+def main() -> None:
+    options = measure.parser(__doc__ or "", rounds=5).parse_args()
+    measure.begin(["ray"])
+    settings = [*SETTINGS, "log.every_steps=2", f"optim.num_steps={12 if options.quick else 40}"]
+    if options.quick:
+        settings += ["model.d_model=32", "data.batch_sequences=4"]
+    with tempfile.TemporaryDirectory(prefix="ray", dir="/tmp") as name:  # Ray's sockets want a short path
+        environment = start_ray(Path(name) / "ray")
+        try:
+            found: dict[str, list[tuple[float, float]]] = {"torchrun": [], "ray": []}
+            for number in range(options.rounds):
+                for side in found:
+                    folder = Path(name) / f"{side}_{number}"
+                    found[side].append(run(side, folder, settings, environment))
+        finally:
+            stop_ray(Path(name) / "ray")
+    rows = []
+    for side, runs in found.items():
+        steps, wholes = (median(values) for values in zip(*runs))
+        rows.append((side, f"{1e3 * steps:.1f}", f"{wholes:.1f}"))
+    print(f"\nmedians over {options.rounds} rounds of {NUM_WORKERS} processes")
+    measure.show(("", "ms per step", "whole run s"), rows)
+    pairs = zip(found["ray"], found["torchrun"])
+    ratio = median(ours[0] / theirs[0] for ours, theirs in pairs)
+    print(f"ratio step under ray / under torchrun: {ratio:.3f}")
+    if not options.quick:
+        measure.judge("step under ray / under torchrun", ratio, at_most=BAR)
+
+
+def run(side: str, folder: Path, settings: list[str], environment: dict[str, str]) -> tuple[float, float]:
+    """Seconds per step and of the whole run."""
+    cluster = "ray" if side == "ray" else "local_procs"
+    where = [f"cluster={cluster}", f"cluster.num_workers={NUM_WORKERS}", f"run.dir={folder}"]
+    start = time.perf_counter()
+    command = [sys.executable, "-m", "sleeptrain.pretrain", *settings, *where]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    if done.returncode:
+        raise SystemExit(done.stdout + done.stderr)
+    seconds = time.perf_counter() - start
+    rows = map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())
+    steps = [row["train/step_seconds"] for row in rows if "train/step_seconds" in row]
+    return median(steps[WARMUP_ROWS:]), seconds
+
+
+def start_ray(folder: Path) -> dict[str, str]:
+    """A head on loopback with a token of its own; the environment of its users."""
+    environment = os.environ | {
+        "RAY_AUTH_MODE": "token",
+        "RAY_AUTH_TOKEN": secrets.token_hex(32),
+        "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
+        "RAY_USAGE_STATS_ENABLED": "0",
+        "OMP_NUM_THREADS": "1",
+    }
+    size = [f"--num-cpus={NUM_WORKERS}", "--object-store-memory=80000000", f"--temp-dir={folder}", "--port=0"]
+    command = [tool("ray"), "start", "--head", "--include-dashboard=false", *size]
+    started = subprocess.run(command, env=environment, capture_output=True, text=True)
+    if started.returncode:
+        raise SystemExit(started.stdout + started.stderr)
+    address = (folder / "ray_current_cluster").read_text().strip()
+    return environment | {"RAY_ADDRESS": address}
+
+
+def stop_ray(folder: Path) -> None:
+    """That of this benchmark alone, where ``ray stop`` would end every cluster on the machine."""
+    for process in psutil.process_iter():
+        with contextlib.suppress(psutil.Error):
+            if str(folder) in " ".join(process.cmdline()):
+                for one in (*process.children(recursive=True), process):
+                    one.kill()
+
+
+def tool(name: str) -> str:
+    """A command of this environment."""
+    return str(Path(sys.executable).with_name(name))
+
+
+if __name__ == "__main__":
+    main()
