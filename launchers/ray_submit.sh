@@ -6,8 +6,8 @@
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
+[[ ! -d .venv ]] || export PATH=$PWD/.venv/bin:$PATH
 export RAY_AUTH_MODE=${RAY_AUTH_MODE:-token}
 export RAY_ADDRESS=${RAY_ADDRESS:-http://127.0.0.1:8265}
 
-exec ray job submit --runtime-env launchers/runtime_env.yaml ${RAY_JOB_ID:+--submission-id "$RAY_JOB_ID"} \
-  -- python -m sleeptrain.pretrain cluster=ray "$@"
+exec ray job submit --runtime-env launchers/runtime_env.yaml -- python -m sleeptrain.pretrain cluster=ray "$@"
