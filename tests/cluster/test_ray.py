@@ -21,7 +21,7 @@ from sleeptrain.engine.metrics import FILE_NAME
 STEPS = ("optim.num_steps=90", "eval.every_steps=0")
 RUN = (*TINY, "experiment=quickstart", "run.device=cpu", "run.num_threads=1", *STEPS)
 TRAINS = "sleeptrain.cluster.training_process"
-PATIENCE_SECONDS = 180
+PATIENCE_SECONDS = 300
 
 pytestmark = pytest.mark.more
 

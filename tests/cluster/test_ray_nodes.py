@@ -53,7 +53,9 @@ def test_two_nodes_then_one_then_two_read_the_same_samples(ray: Ray, tmp_path: P
     wait_for(lambda: processes_of(ray) == 1, PATIENCE_SECONDS)
     reached = max(steps(folder))
     wait_for(lambda: max(steps(folder)) > reached, PATIENCE_SECONDS)
-    assert time.monotonic() - killed < BOUND_SECONDS
+    seconds = time.monotonic() - killed
+    print(f"{seconds:.0f} s from the kill of the raylet to a new step on the node that is left")
+    assert seconds < BOUND_SECONDS
     ray.add_node(1)
     wait_for(lambda: processes_of(ray) == 2, PATIENCE_SECONDS)
     reached = max(steps(folder))
