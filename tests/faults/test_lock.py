@@ -131,10 +131,17 @@ def with_a_lock_that_children_keep() -> None:
 
 def test_without_the_lock_both_would_train(tmp_path: Path) -> None:
     """Negative control of R19."""
-    short = ["optim.num_steps=4"]
-    both = [Process(tmp_path / "run", short, lambda moment: without_a_lock()) for _ in range(2)]
-    assert [process.wait() for process in both].count(2) == 0
-    assert len(samples(tmp_path / "run")) > 4
+
+    def amid_the_run(moment: Moment) -> None:
+        without_a_lock()
+        before_step(2, moment.tell_and_wait)
+
+    first = Process(tmp_path / "run", ["optim.num_steps=4"], amid_the_run)
+    first.await_moment()
+    second = Process(tmp_path / "run", ["optim.num_steps=4"], lambda moment: without_a_lock())
+    assert second.wait() == 0, second.output()
+    first.end(signal.SIGKILL)
+    assert sorted(step for step, _ in samples(tmp_path / "run")) == [0, 0, 1, 1, 2, 3]
 
 
 def test_it_would_notice_a_lock_that_children_keep(tmp_path: Path) -> None:
