@@ -30,14 +30,15 @@ test: .venv/.stamp  ## the fast tests
 test-more: .venv/.stamp-bench  ## the longer tests of CI; brings the peers of the benchmarks
 	python -m pytest -m "more and not slow and not gpu" $(ARGS)
 
-soak: .venv/.stamp  ## many more kills than CI has time for: an hour or more
+soak: .venv/.stamp  ## effective training time under 20 kills (an hour), then more kills than CI has time for
+	python tools/bench/goodput.py
 	python -m pytest -m "slow and not gpu" tests/faults $(ARGS)
 
 pretrain: .venv/.stamp  ## train the quickstart experiment in runs/
 	python -m sleeptrain.pretrain experiment=quickstart $(ARGS)
 
 bench: .venv/.stamp-bench  ## measure against the peers, one figure per file of tools/bench
-	@for file in $(filter-out %/measure.py, $(wildcard tools/bench/*.py)); do echo "python $$file"; python $$file || exit; done
+	@for file in $(filter-out %/measure.py %/goodput.py, $(wildcard tools/bench/*.py)); do echo "python $$file"; python $$file || exit; done
 
 # A stamp is written only after pip succeeded, so a failed install is tried again; it counts for nothing where the
 # Python below .venv no longer runs.

@@ -310,6 +310,15 @@ class DataConfig:
     on_bad_shard: Literal["stop", "skip"] = setting(
         "stop", "what a missing or damaged shard does: end the run, or be left out with a warning"
     )
+    producer: Literal["none", "ray"] = setting(
+        "none", "ray: tasks of the Ray cluster make the examples of data.shards while training reads them"
+    )
+    num_examples: int | None = setting(
+        None, "examples that producers make; null: as many as the run reads; a multiple of data.shard_samples"
+    )
+    shard_samples: int = setting(256, "examples of each shard that producers make")
+    num_producers: int = setting(2, "tasks that make shards at the same time")
+    shards_ahead: int = setting(16, "how many shards beyond those in use are made at most")
     cache_dir: str = setting("", "folder for copies of shards from afar; empty: none are kept")
     cache_gib: float = setting(20.0, "size at which the copies unused for longest are removed")
 
@@ -334,6 +343,7 @@ class DataConfig:
                 f"data.num_streams={self.streams} does not divide data.batch_sequences="
                 f"{self.batch_sequences}; choose a divisor"
             )
+        self._check_producer()
         if self.weights and (len(self.weights) != len(self.shards) or min(self.weights) <= 0):
             raise ConfigError(
                 f"data.weights={list(self.weights)} must be a positive number for each of the "
@@ -343,6 +353,21 @@ class DataConfig:
             raise ConfigError(
                 f"data.micro_batch_sequences={self.micro_batch} does not divide "
                 f"data.batch_sequences={self.batch_sequences}; choose a divisor"
+            )
+
+    def _check_producer(self) -> None:
+        _require_positive("data", self, ("shard_samples", "num_producers", "shards_ahead"))
+        if self.producer != "none" and len(self.shards) != 1:
+            raise ConfigError(
+                f"data.producer={self.producer} makes one set of shards, and data.shards={list(self.shards)} "
+                "names another number of folders; name the one folder that they shall be in"
+            )
+        if self.num_examples is not None and (
+            self.num_examples < 1 or self.num_examples % self.shard_samples
+        ):
+            raise ConfigError(
+                f"data.num_examples={self.num_examples} must be a positive multiple of data.shard_samples="
+                f"{self.shard_samples}, since shards hold equally many"
             )
 
 
@@ -464,6 +489,9 @@ class CheckpointConfig:
     every_steps: int = setting(200, "save each so many steps, and at the end; 0: at the end only")
     keep_last: int = setting(2, "newest checkpoints to keep")
     keep_every_steps: int = setting(0, "keep checkpoints at multiples of this for ever; 0: none")
+    bucket: str = setting(
+        "", "URL for copies of them, in a folder of the run's id: a run whose disk is gone goes on from there"
+    )
 
     def __post_init__(self) -> None:
         _require_positive("checkpoint", self, ("keep_last",))
@@ -590,7 +618,21 @@ class Config:
             raise ConfigError("sleep.learned_initial_state=true needs a gdn or jet block in model.pattern")
         if self.sleep.carry_between_batches:
             self._check_carry()
+        if self.data.producer == "ray":
+            self._check_producer()
         self._check_workers()
+
+    def _check_producer(self) -> None:
+        if self.cluster.kind != "ray":
+            raise ConfigError(
+                f"data.producer=ray makes shards in tasks of Ray, and cluster.kind={self.cluster.kind} has "
+                "none; set cluster=ray, or make them before with tools/make_shards.py"
+            )
+        if isinstance(self.task, TextConfig):
+            raise ConfigError(
+                "data.producer=ray makes the examples of a task, and task=text reads documents; make their "
+                "shards with tools/make_shards.py, and leave data.producer out"
+            )
 
     def _check_workers(self) -> None:
         """The numbers of processes that a run may have are made of whole replicas."""

@@ -18,6 +18,7 @@ from threading import Thread
 from typing import Any
 
 from sleeptrain.checkpoint import manifest, store
+from sleeptrain.checkpoint.bucket import Bucket
 from sleeptrain.checkpoint.durable import replace_file, sync_folder, write_new
 from sleeptrain.checkpoint.manifest import CheckpointError, Contents
 from sleeptrain.checkpoint.reader import DOCUMENT
@@ -34,7 +35,7 @@ class Saver:
 
     ``barrier`` returns once every process has called it. Kept are the newest ``keep_last`` checkpoints (at
     least 1) and the multiples of ``keep_every_steps`` (0: none). A save that not all have written within
-    ``patience_seconds`` has failed.
+    ``patience_seconds`` has failed. Process 0 copies what is committed to the ``bucket``.
     """
 
     def __init__(
@@ -46,6 +47,7 @@ class Saver:
         world_size: int = 1,
         barrier: Callable[[], None] = lambda: None,
         patience_seconds: float = PATIENCE_SECONDS,
+        bucket: Bucket | None = None,
     ) -> None:
         self.checkpoints_dir, self.keep_last, self.keep_every_steps = (
             checkpoints_dir,
@@ -53,7 +55,7 @@ class Saver:
             keep_every_steps,
         )
         self.rank, self.world_size, self.barrier = rank, world_size, barrier
-        self.patience_seconds = patience_seconds
+        self.patience_seconds, self.bucket = patience_seconds, bucket
         self.committed_step = 0  # the newest that is known to be on the disk
         self._memory = HostMemory()
         self._thread: Thread | None = None
@@ -120,6 +122,7 @@ class Saver:
                 self._write_and_commit(step, folder, staged, texts)
                 store.settle(self.checkpoints_dir)
                 store.retain(self.checkpoints_dir, step, self.keep_last, self.keep_every_steps)
+                self._copy_to_bucket(step)
             else:
                 self._write_and_wait(step, folder, staged)
                 self.committed_step = step
@@ -129,6 +132,15 @@ class Saver:
             with suppress(OSError):
                 sentence = self._give_up(folder, sentence)
             self._failure = CheckpointError(sentence)
+
+    def _copy_to_bucket(self, step: int) -> None:
+        """The checkpoint itself is committed, whatever becomes of its copy."""
+        if self.bucket:
+            try:
+                self.bucket.put(self.checkpoints_dir / manifest.step_name(step))
+                self.bucket.retain(step, self.keep_last, self.keep_every_steps)
+            except CheckpointError as error:
+                self._failure = CheckpointError(f"{manifest.step_name(step)} is on this disk alone: {error}")
 
     def _write_and_commit(
         self, step: int, folder: Path, staged: dict[str, StagedGroup], texts: dict[str, bytes]

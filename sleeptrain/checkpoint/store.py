@@ -125,10 +125,15 @@ def retain(checkpoints_dir: Path, newest_step: int, keep_last: int, keep_every_s
     Steps after ``newest_step`` are left alone and do not count: the run fell back from them because they are
     damaged. Raises OSError.
     """
-    steps = {folder: manifest.named_step(folder) or 0 for folder in _checkpoints(checkpoints_dir)}
-    for folder in [folder for folder, step in steps.items() if step <= newest_step][keep_last:]:
-        if not (keep_every_steps and steps[folder] % keep_every_steps == 0):
-            delete(folder)
+    folders = {manifest.named_step(folder) or 0: folder for folder in _checkpoints(checkpoints_dir)}
+    for step in outdated(list(folders), newest_step, keep_last, keep_every_steps):
+        delete(folders[step])
+
+
+def outdated(steps: list[int], newest_step: int, keep_last: int, keep_every_steps: int) -> list[int]:
+    """Which of the steps, newest first, ``retain`` deletes."""
+    old = [step for step in steps if step <= newest_step][keep_last:]
+    return [step for step in old if not (keep_every_steps and step % keep_every_steps == 0)]
 
 
 def delete(folder: Path) -> None:

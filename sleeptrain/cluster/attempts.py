@@ -69,6 +69,7 @@ class Attempts:
         self._attempts: list[Attempt] = []
         self._orders = Orders(True, 0.0)
         self._stop_requested = False
+        self._broken: tuple[float, str] | None = None  # since when, and why
         self._row: dict[str, Any] = {}
 
     def begin(self, name: str, world_size: int) -> Orders:
@@ -85,10 +86,10 @@ class Attempts:
             attempt.step = int(row["step"])
             attempt.first_step = attempt.step if attempt.first_step is None else attempt.first_step
             self._row = row
-        failed = attempt.first_failure
+        failed = attempt.first_failure or (self._broken[0] if self._broken else None)
         if name != attempt.name or (failed is not None and time.monotonic() > failed + GRACE_SECONDS):
             return "end"
-        return "stop" if self._stop_requested else "go on"
+        return "stop" if self._stop_requested or self._broken else "go on"
 
     def end(self, name: str, rank: int, code: int, sentence: str = "") -> None:
         """The process of a rank ended."""
@@ -108,6 +109,10 @@ class Attempts:
         """All save and leave."""
         self._stop_requested = True
 
+    def break_off(self, sentence: str) -> None:
+        """The run cannot go on: all save and leave, and those who cannot are ended."""
+        self._broken = self._broken or (time.monotonic(), sentence)
+
     def status(self) -> dict[str, Any]:
         """For people: how often it was started, with how many processes, the newest row of the metrics."""
         world_size = self._attempts[-1].world_size if self._attempts else 0
@@ -115,6 +120,8 @@ class Attempts:
 
     def outcome(self) -> Outcome:
         """Once no worker is left."""
+        if self._broken:
+            return Outcome(1, self._broken[1])
         if self._attempts and self._attempts[-1].is_well:
             return Outcome(max(self._attempts[-1].codes.values()), "")
         failed = [attempt for attempt in self._attempts if attempt.codes or attempt.first_failure]
@@ -132,7 +139,12 @@ class Attempts:
         if not self._attempts:
             return Orders(True, 0.0)
         last = self._attempts[-1]
-        if EXIT_CONFIG in last.codes.values() or self._repeats(self._attempts) or self._stop_requested:
+        if (
+            EXIT_CONFIG in last.codes.values()
+            or self._repeats(self._attempts)
+            or self._stop_requested
+            or self._broken
+        ):
             return Orders(False, 0.0)
         in_vain = 0
         for attempt in reversed(self._attempts):

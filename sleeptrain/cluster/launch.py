@@ -30,6 +30,9 @@ def launch(config: Config, frozen_config: str, arguments: Sequence[str]) -> int:
     except ConfigError as error:
         print(f"error: {error}", file=sys.stderr)
         return EXIT_CONFIG
+    except RunError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return EXIT_FAILED
     return work(config, frozen_config)
 
 

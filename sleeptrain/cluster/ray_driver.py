@@ -17,7 +17,7 @@ from typing import Any
 from sleeptrain.cluster.attempts import Attempts, Outcome
 from sleeptrain.config import Config
 from sleeptrain.engine.resilience import StopSignal
-from sleeptrain.schema import ConfigError, to_dict
+from sleeptrain.schema import ConfigError, RunError, to_dict
 
 os.environ.setdefault("RAY_CHDIR_TO_TRIAL_DIR", "0")  # workers stay in the folder of the job
 
@@ -30,6 +30,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from sleeptrain.cluster import ray_worker
 from sleeptrain.cluster.ray_cluster import check_resources, connect
 from sleeptrain.cluster.ray_job import JobMetadata
+from sleeptrain.cluster.ray_producers import Producers
 
 NAMESPACE = "sleeptrain"
 POLL_SECONDS = 1.0
@@ -51,7 +52,8 @@ def drive(config: Config, frozen_config: str) -> int:
         "control": control_name(folder),
         "token": token,
     }
-    error = follow(make_trainer(config, folder, settings, use_gpu), control)
+    producers = Producers(config) if config.data.producer == "ray" else None
+    error = follow(make_trainer(config, folder, settings, use_gpu), control, producers)
     outcome: Outcome = ray.get(control.outcome.remote())
     if outcome.code and outcome.sentence:
         print(f"error: {outcome.sentence}", file=sys.stderr)
@@ -60,8 +62,9 @@ def drive(config: Config, frozen_config: str) -> int:
     return outcome.code
 
 
-def follow(trainer: TorchTrainer, control: Any) -> BaseException | None:
-    """Runs the training to its end and hands a signal to stop on to it; what Ray raised, if anything."""
+def follow(trainer: TorchTrainer, control: Any, producers: Producers | None) -> BaseException | None:
+    """Runs the training to its end, keeps the producers ahead of it and hands a signal to stop on to it; what
+    Ray raised, if anything."""
     errors: list[BaseException] = []
 
     def fit() -> None:
@@ -74,12 +77,26 @@ def follow(trainer: TorchTrainer, control: Any) -> BaseException | None:
     with StopSignal() as stop:
         thread.start()
         while thread.is_alive():
-            thread.join(POLL_SECONDS)
+            status = ray.get(control.status.remote())
+            # Also amid a stop: a process that waits for a shard cannot leave.
+            if not (producers and keep_ahead(producers, status, control)):
+                thread.join(POLL_SECONDS)
             if stop.requested:
                 control.request_stop.remote()
             else:
-                metadata.show(ray.get(control.status.remote()))
+                metadata.show(status)
     return errors[0] if errors else None
+
+
+def keep_ahead(producers: Producers, status: dict[str, Any], control: Any) -> bool:
+    """Whether that took its time; a set that cannot be made ends the run. ``status`` gets where they are."""
+    try:
+        is_busy = producers.advance(status.get("step", 0), POLL_SECONDS)
+    except RunError as error:
+        control.break_off.remote(str(error))
+        return False
+    status["shards"] = producers.progress
+    return is_busy
 
 
 def check_folder(config: Config) -> Path:

@@ -10,7 +10,7 @@ from ray._private.runtime_env.constants import RAY_JOB_CONFIG_JSON_ENV_VAR
 from ray._raylet import GcsClient  # type: ignore[attr-defined]
 from ray.dashboard.modules.job.common import JobInfoStorageClient
 
-SHOWN = ("starts", "processes", "step", "train/loss", "train/tokens_per_second")
+SHOWN = ("starts", "processes", "shards", "step", "train/loss", "train/tokens_per_second")
 
 
 class JobMetadata:

@@ -19,30 +19,44 @@ from weakref import WeakValueDictionary
 
 import numpy as np
 
-from sleeptrain.data.index import FILE, MAX_INDEX_BYTES, Index, ShardEntry, ShardError, parse_index
+from sleeptrain.data.index import (
+    FILE,
+    MAKING,
+    MAX_INDEX_BYTES,
+    Index,
+    ShardEntry,
+    ShardError,
+    parse_entry,
+    parse_index,
+)
 from sleeptrain.data.shards import Bytes, Shard
 from sleeptrain.schema import ConfigError
 
 CHUNK_BYTES = 2**20
 NUM_TRIES, FIRST_PAUSE_SECONDS = 4, 0.5
 NUM_THREADS = 4
+ASK_SECONDS = 0.5  # between two looks for a shard that is being made
 SILENCE_SECONDS = 60  # after which a connection counts as broken
 _LEFT_BEHIND_SECONDS = 3600  # a file half written for so long is nobody's
 
 Result = TypeVar("Result")
 
 
+class MissingError(ShardError):
+    """There is no such file."""
+
+
 def read_index(url: str) -> Index:
     """The index of the set at ``url``; ConfigError if there is none, ShardError if it is damaged."""
     where = join(url, FILE)
     try:
-        data, _ = _with_patience(where, lambda: _read_at_most(where, MAX_INDEX_BYTES + 1))
+        data = _few_bytes(where)
     except ShardError as error:
         raise ConfigError(
             f"data.shards holds {url}, whose {FILE} cannot be read ({error}); give the folder or URL that "
             "tools/make_shards.py wrote"
         ) from error
-    return parse_index(data.tobytes(), where)
+    return parse_index(data, where)
 
 
 class ShardReader:
@@ -65,6 +79,8 @@ class ShardReader:
 
     def _load(self, entry: ShardEntry, future: "Future[Shard]") -> None:
         try:
+            if not entry.is_made:
+                entry = await_entry(self.url, entry)
             with self._may_read:
                 shard = Shard(self._bytes(entry), join(self.url, entry.name))
             if len(shard) != entry.samples:
@@ -81,6 +97,33 @@ class ShardReader:
         if self.cache:
             self.cache.keep(entry, data)
         return data
+
+
+def await_entry(url: str, planned: ShardEntry) -> ShardEntry:
+    """What there is to know of a shard as soon as it is made: from its maker, or from the index once the set
+    is whole. Raises ShardError if it is another one."""
+    while True:
+        with suppress(MissingError):
+            where = join(url, f"{MAKING}/{planned.name}.json")
+            found = parse_entry(_few_bytes(where), where)
+            break
+        with suppress(MissingError):
+            where = join(url, FILE)
+            shards = parse_index(_few_bytes(where), where).shards
+            found = next((shard for shard in shards if shard.name == planned.name), planned)
+            break
+        time.sleep(ASK_SECONDS)
+    if (found.name, found.samples) != planned[:2] or not found.is_made:
+        raise ShardError(
+            f"{where} tells of another shard than {planned.name} with {planned.samples} samples; give the "
+            "producers a folder of their own in data.shards"
+        )
+    return found
+
+
+def _few_bytes(url: str) -> bytes:
+    data, _ = _with_patience(url, lambda: _read_at_most(url, MAX_INDEX_BYTES + 1))
+    return data.tobytes()
 
 
 class Cache:
@@ -151,7 +194,7 @@ def _with_patience(url: str, read: Callable[[], Result]) -> Result:
         try:
             return read()
         except FileNotFoundError as error:
-            raise ShardError(f"{url} is missing") from error
+            raise MissingError(f"{url} is missing") from error
         except ShardError:
             if not tries_left or _is_path(url):
                 raise

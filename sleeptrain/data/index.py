@@ -20,6 +20,7 @@ from urllib.parse import urlsplit
 from sleeptrain.schema import ConfigError, RunError
 
 FILE = "index.json"
+MAKING = ".making"  # until the set is whole: what it will be, NAME.json for each shard, files half written
 FORMAT = "sleeptrain shards 1"
 MAX_INDEX_BYTES = 8 * 2**20  # about 50 000 shards
 MAX_SHARD_BYTES = 4 * 2**30
@@ -45,6 +46,11 @@ class ShardEntry(NamedTuple):
     tokens: int
     bytes: int
     sha256: str
+
+    @property
+    def is_made(self) -> bool:
+        """Of a set that is made while it is read, only names and numbers of samples are known before."""
+        return bool(self.sha256)
 
 
 @dataclass(frozen=True)
@@ -103,6 +109,18 @@ def parse_index(data: bytes, where: str) -> Index:
     return index
 
 
+def parse_entry(data: bytes, where: str) -> ShardEntry:
+    """What the maker of a shard says of it; raises ShardError unless it is plain."""
+    try:
+        _require_few_values(data)
+        entry = ShardEntry(**json.loads(data))
+        _require_entry_types(entry)
+    except (ValueError, TypeError, RecursionError) as error:
+        raise ShardError(f"{where} tells of no shard ({error}); make the shards again") from error
+    _require_plain([entry], where)
+    return entry
+
+
 def _require_few_values(data: bytes) -> None:
     """JSON of a few MB can become hundreds of MB of empty lists."""
     num_values = sum(map(data.count, (b",", b"[", b"{")))
@@ -111,12 +129,11 @@ def _require_few_values(data: bytes) -> None:
 
 
 def _require_types(index: Index) -> None:
-    numbers = [index.sequence_tokens, index.vocab_size]
-    numbers += [n for shard in index.shards for n in (shard.samples, shard.tokens, shard.bytes)]
-    texts = [index.tokenizer_sha256, index.code_version]
-    texts += [text for shard in index.shards for text in (shard.name, shard.sha256)]
-    if any(type(n) is not int or n < 0 for n in numbers):
+    for shard in index.shards:
+        _require_entry_types(shard)
+    if any(type(n) is not int or n < 0 for n in (index.sequence_tokens, index.vocab_size)):
         raise ValueError("a size is not a whole number")
+    texts = (index.tokenizer_sha256, index.code_version)
     if any(type(text) is not str for text in texts) or type(index.task) is not dict:
         raise ValueError("a value is of the wrong type")
     if not all(map(_is_plain, index.task.values())):
@@ -125,6 +142,13 @@ def _require_types(index: Index) -> None:
         raise ValueError(f"kind {index.kind!r} of split {index.split!r} is unknown")
     if max(index.sequence_tokens, index.vocab_size) > _MAX_TOKENS:
         raise ValueError("sequence_tokens or vocab_size is too large")
+
+
+def _require_entry_types(shard: ShardEntry) -> None:
+    if any(type(n) is not int or n < 0 for n in (shard.samples, shard.tokens, shard.bytes)):
+        raise ValueError("a size is not a whole number")
+    if type(shard.name) is not str or type(shard.sha256) is not str:
+        raise ValueError("a value is of the wrong type")
 
 
 def _is_plain(value: Any) -> bool:

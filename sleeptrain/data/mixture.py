@@ -6,6 +6,7 @@ from pathlib import Path
 from sleeptrain.config import Config
 from sleeptrain.data.fetch import read_index
 from sleeptrain.data.index import Index, require_plain_url
+from sleeptrain.data.shard_plan import plan_of_run, planned_index
 from sleeptrain.schema import ConfigError
 from sleeptrain.tasks.base import Task
 
@@ -46,7 +47,10 @@ def open_mixture(run: Config, task: Task) -> Mixture | None:
         return None
     for url in config.shards:
         require_plain_url(url, "data.shards")
-    indexes = tuple(read_index(url) for url in config.shards)
+    if config.producer == "none":
+        indexes = tuple(read_index(url) for url in config.shards)
+    else:
+        indexes = (planned_index(plan_of_run(run)),)
     for url, index in zip(config.shards, indexes):
         _require_same_task(url, index, task)
     if len({index.kind for index in indexes}) > 1:

@@ -2,6 +2,11 @@
 
 from typing import NamedTuple
 
+from sleeptrain.config import Config
+from sleeptrain.data.batch import Batch
+from sleeptrain.model.flops import training_flops
+from sleeptrain.model.visits import cut, plan
+
 
 class Work(NamedTuple):
     """Tokens times passes, and FLOPs with and without what checkpointing runs again."""
@@ -16,6 +21,26 @@ class Work(NamedTuple):
             "train/mfu": self.model_flops / seconds / peak,
             "train/hfu": self.hardware_flops / seconds / peak,
         }
+
+
+class WorkOfSteps:
+    """What a step with so many passes amounts to; N may change from step to step."""
+
+    def __init__(self, config: Config, sequence_tokens: int, vocab_size: int) -> None:
+        self.config, self.sequence_tokens, self.vocab_size = config, sequence_tokens, vocab_size
+        self._known: dict[tuple[int, tuple[bool, ...]], Work] = {}
+
+    def __call__(self, batch: Batch, num_passes: int) -> Work:
+        key = (num_passes, batch.windows_with_loss)
+        if key not in self._known:
+            config = self.config
+            windows = cut(self.sequence_tokens, config.sleep.window_tokens, batch.windows_with_loss)
+            visits = plan(windows, num_passes, config.model, config.sleep)
+            passes = {(v.window, v.pass_number) for v in visits}
+            cost = training_flops(config.model, config.sleep, windows, visits, self.vocab_size)
+            per_sequence = (sum(windows[w].stop - windows[w].start for w, _ in passes), *cost[1:])
+            self._known[key] = Work(*(config.data.batch_sequences * x for x in per_sequence))
+        return self._known[key]
 
 
 class Interval:

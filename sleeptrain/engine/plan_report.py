@@ -119,8 +119,9 @@ def _sources(config: Config, mixture: Mixture) -> list[str]:
         drawn *= mixture.row_tokens / mean_tokens
     rows = [["source", "shards", "samples", "tokens", "share", "epochs of the run"]]
     for url, index, share in sources:
-        sizes = (len(index.shards), index.num_samples, index.num_tokens)
-        rows.append([url, *map(human, sizes), f"{share:.1%}", f"{share * drawn / index.num_samples:.3g}"])
+        counts = [human(len(index.shards)), human(index.num_samples)]
+        tokens = human(index.num_tokens) if index.shards[0].is_made else "to be made"
+        rows.append([url, *counts, tokens, f"{share:.1%}", f"{share * drawn / index.num_samples:.3g}"])
     kind = "documents, packed from window borders on" if mixture.is_packed else "examples"
     return [f"data: {kind}, by {mixture.num_streams} streams", *_table(rows)]
 

@@ -6,9 +6,11 @@ from pathlib import Path
 from typing import Any
 
 from sleeptrain.checkpoint import store
+from sleeptrain.checkpoint.bucket import Bucket
 from sleeptrain.checkpoint.manifest import differences
 from sleeptrain.checkpoint.reader import Checkpoint
 from sleeptrain.config import Config
+from sleeptrain.data.index import require_plain_url
 from sleeptrain.parallel.place import Place
 from sleeptrain.schema import ConfigError, to_dict
 
@@ -25,6 +27,8 @@ FREE_SETTINGS = (
     "data.micro_batch_sequences",
     "data.shards",  # what they hold is compared by its hash
     "data.num_workers",
+    "data.num_producers",
+    "data.shards_ahead",
     "data.on_bad_shard",
     "data.cache_dir",
     "data.cache_gib",
@@ -52,14 +56,28 @@ def refuse_drift(checkpoints_dir: Path, config: Config) -> None:
         _refuse(found, _drift(found, {"config": to_dict(config), "versions": versions()}))
 
 
-def newest_checkpoint(checkpoints_dir: Path, place: Place) -> Checkpoint | None:
-    """The newest that is whole. The first process looks for it, and all read the same."""
+def open_bucket(config: Config) -> Bucket | None:
+    """Where the run keeps copies of its checkpoints, if it does. Raises ConfigError for no such place."""
+    if not config.checkpoint.bucket:
+        return None
+    require_plain_url(config.checkpoint.bucket, "checkpoint.bucket")
+    return Bucket(f"{config.checkpoint.bucket.rstrip('/')}/{config.run.id}")
+
+
+def newest_checkpoint(checkpoints_dir: Path, place: Place, bucket: Bucket | None = None) -> Checkpoint | None:
+    """The newest that is whole, here or in the bucket. The first process looks for it, and all read the
+    same."""
     path = None
     if place.rank == 0:
+        here = store.peek(checkpoints_dir)
+        if bucket:
+            bucket.fetch_newer(checkpoints_dir, here.step if here else 0, print)
         found = store.find_latest(
             checkpoints_dir, report=lambda text: print(f"warning: {text}"), set_aside=True
         )
         path = found.path if found else None
+        if bucket and found and found.step not in bucket.steps():
+            bucket.put(found.path)  # the copy had failed
     path = place.from_first(path)
     return Checkpoint(path) if path else None
 

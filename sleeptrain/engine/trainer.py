@@ -11,11 +11,11 @@ from typing import Any
 import torch
 import torch.utils.deterministic
 
+from sleeptrain.checkpoint.bucket import Bucket
 from sleeptrain.checkpoint.durable import replace_file
 from sleeptrain.checkpoint.manifest import CheckpointError
 from sleeptrain.checkpoint.saver import Saver
 from sleeptrain.config import Config
-from sleeptrain.data.batch import Batch
 from sleeptrain.data.corpus import open_task
 from sleeptrain.data.mixture import Mixture, open_mixture
 from sleeptrain.data.stream import ORDER_BITS, TrainStream
@@ -23,7 +23,7 @@ from sleeptrain.engine.evaluation import StoppedError, as_row, as_table, check_d
 from sleeptrain.engine.figures import draw_learning_curve
 from sleeptrain.engine.garbage import collected_between_steps
 from sleeptrain.engine.guard import SkipGuard
-from sleeptrain.engine.interval import Interval, Work
+from sleeptrain.engine.interval import Interval, WorkOfSteps
 from sleeptrain.engine.logs import rank_log
 from sleeptrain.engine.metrics import (
     FILE_NAME,
@@ -38,6 +38,7 @@ from sleeptrain.engine.rerun import ReplicasDifferError, Reruns
 from sleeptrain.engine.resilience import EXIT_REQUEUE, RunLock, StopSignal, cut_metrics
 from sleeptrain.engine.resume import (
     newest_checkpoint,
+    open_bucket,
     refuse_drift,
     require_fitting_moments,
     require_same_run,
@@ -45,8 +46,7 @@ from sleeptrain.engine.resume import (
 )
 from sleeptrain.engine.secrets import refuse_secrets
 from sleeptrain.engine.watchdog import Watchdog
-from sleeptrain.model.flops import peak_flops, training_flops
-from sleeptrain.model.visits import cut, plan
+from sleeptrain.model.flops import peak_flops
 from sleeptrain.optim.schedule import lr_factor, num_passes_at
 from sleeptrain.parallel.backend import choose_device
 from sleeptrain.parallel.place import Place, make_backend, open_place, rank_given
@@ -65,7 +65,7 @@ def train(config: Config, frozen_config: str) -> int:
     refuse_drift(folder / "checkpoints", config)
     task = open_task(config.task)
     check_difficulties(task, config.eval.difficulties)
-    mixture = open_mixture(config, task)
+    mixture, bucket = open_mixture(config, task), open_bucket(config)
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -83,7 +83,8 @@ def train(config: Config, frozen_config: str) -> int:
         _check_same_config(place, frozen_config)
         with RunLock(folder) if place.rank == 0 else nullcontext(), StopSignal() as stop:
             place.barrier()  # nobody works in the folder before the first has its lock
-            return Trainer(config, task, folder, frozen_config, place, mixture, watchdog.note).run(stop)
+            inputs = (config, task, folder, frozen_config, place, mixture, bucket)
+            return Trainer(*inputs, watchdog.note).run(stop)
 
 
 def _check_same_config(place: Place, frozen_config: str) -> None:
@@ -105,6 +106,7 @@ class Trainer:
         frozen_config: str,
         place: Place,
         mixture: Mixture | None = None,
+        bucket: Bucket | None = None,
         note: Callable[[str], None] = lambda doing: None,
     ) -> None:
         """``note`` hears of all progress, and what comes next."""
@@ -130,9 +132,11 @@ class Trainer:
         )
         self.guard, self.reruns = SkipGuard(config.optim), Reruns()
         self.interval = Interval()
-        self.works: dict[tuple[int, tuple[bool, ...]], Work] = {}
+        self.work_of = WorkOfSteps(config, task.sequence_tokens, self.vocab_size)
         kept = (config.checkpoint.keep_last, config.checkpoint.keep_every_steps)
-        self.saver = Saver(folder / "checkpoints", *kept, place.rank, place.world_size, place.barrier)
+        self.saver = Saver(
+            folder / "checkpoints", *kept, place.rank, place.world_size, place.barrier, bucket=bucket
+        )
         self.step = 0
         self.owes_evaluation = False  # a stop came amid that of this step: the resumed run makes it
         data = task.fingerprint() | (mixture.fingerprint() if mixture else {})
@@ -231,7 +235,7 @@ class Trainer:
         update = self.backend.step(factor, result.loss, self.guard.max_norm)
         self.guard.record(step + 1, update)
         loss = update.loss if update.applied else None
-        self.interval.add(loss, update.grad_norm, num_passes, factor, self._work(batch, num_passes))
+        self.interval.add(loss, update.grad_norm, num_passes, factor, self.work_of(batch, num_passes))
         self.interval.seconds += time.perf_counter() - start
         self.step += 1
         return result.memory_norms
@@ -260,19 +264,6 @@ class Trainer:
         row |= self._utilisation()
         self.interval = Interval()
         return row
-
-    def _work(self, batch: Batch, num_passes: int) -> Work:
-        """What a step with this N and these windows amounts to; N may change from step to step."""
-        key = (num_passes, batch.windows_with_loss)
-        if key not in self.works:
-            config = self.config
-            windows = cut(self.task.sequence_tokens, config.sleep.window_tokens, batch.windows_with_loss)
-            visits = plan(windows, num_passes, config.model, config.sleep)
-            passes = {(v.window, v.pass_number) for v in visits}
-            cost = training_flops(config.model, config.sleep, windows, visits, self.vocab_size)
-            per_sequence = (sum(windows[w].stop - windows[w].start for w, _ in passes), *cost[1:])
-            self.works[key] = Work(*(config.data.batch_sequences * x for x in per_sequence))
-        return self.works[key]
 
     def _utilisation(self) -> dict[str, float]:
         """Model and hardware FLOPs utilisation, where the peak of the device is known."""
@@ -364,7 +355,7 @@ class Trainer:
     def _resume(self) -> bool:
         """Goes on from the newest valid checkpoint, if there is one; raises ConfigError when it belongs to
         another run."""
-        found = newest_checkpoint(self.folder / "checkpoints", self.place)
+        found = newest_checkpoint(self.folder / "checkpoints", self.place, self.saver.bucket)
         if found is None:
             return False
         require_same_run(found, self.documents, self.config.run.allow_config_change)

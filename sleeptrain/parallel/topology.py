@@ -5,8 +5,10 @@ MASTER_PORT. Ranks count tensor first, then data, then pipeline, as megatron-cor
 talk most are neighbours.
 """
 
+import ipaddress
 import math
 import os
+import socket
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
@@ -141,10 +143,31 @@ def join(config: ParallelConfig, device: torch.device, timeout_seconds: float = 
 def _meet(backend: str, timeout: timedelta) -> None:
     """torchrun keeps one store over all attempts of a group: each has its own part, where no address and no
     failure of the one before is found."""
-    store, rank, world_size = next(dist.rendezvous("env://", timeout=timeout))
-    store.set_timeout(timeout)
+    rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    if _is_unreachable(os.environ["MASTER_ADDR"]) and "TORCHELASTIC_USE_AGENT_STORE" not in os.environ:
+        store = _loopback_store(rank, world_size, timeout)
+    else:
+        store, _, _ = next(dist.rendezvous("env://", timeout=timeout))
+        store.set_timeout(timeout)
     attempt = dist.PrefixStore(f"attempt_{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
     dist.init_process_group(backend, store=attempt, rank=rank, world_size=world_size, timeout=timeout)
+
+
+def _is_unreachable(address: str) -> bool:
+    """Whether only this machine can reach it."""
+    try:
+        return ipaddress.ip_address(socket.gethostbyname(address)).is_loopback
+    except OSError:
+        return False
+
+
+def _loopback_store(rank: int, world_size: int, timeout: timedelta) -> dist.Store:
+    """At MASTER_ADDR alone: by itself the store of rank 0 would answer on every address of the machine."""
+    address, port, descriptor = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), None
+    if rank == 0:
+        listening = socket.create_server((socket.gethostbyname(address), port), backlog=max(128, world_size))
+        port, descriptor = listening.getsockname()[1], listening.detach()
+    return dist.TCPStore(address, port, world_size, rank == 0, timeout, master_listen_fd=descriptor)
 
 
 def _over_gloo(group: Group, host: Group, timeout_seconds: float) -> Group:

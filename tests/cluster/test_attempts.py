@@ -40,6 +40,21 @@ def test_a_stop_saves_and_leaves_and_starts_no_more() -> None:
     assert not control.begin("b", 2).shall_train
 
 
+def test_a_run_that_is_broken_off_saves_and_whoever_cannot_is_ended(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Such as by a shard that nobody can make."""
+    control = Attempts()
+    control.begin("a", 2)
+    control.break_off("shard 3 cannot be made")
+    control.break_off("shard 4 cannot be made")
+    assert control.beat("a") == "stop"
+    monkeypatch.setattr(attempts, "GRACE_SECONDS", 0.0)
+    assert control.beat("a") == "end"
+    control.end("a", 0, EXIT_REQUEUE)
+    control.end("a", 1, -signal.SIGKILL)
+    assert not control.begin("b", 2).shall_train
+    assert control.outcome() == Outcome(1, "shard 3 cannot be made")
+
+
 def test_a_killed_process_is_started_again_however_often_at_the_same_step() -> None:
     control = Attempts()
     for name in "abcd":

@@ -1,6 +1,5 @@
 """Jobs of a real Ray cluster: whole runs, killed workers and drivers, stops, refusals."""
 
-import json
 import os
 import re
 import signal
@@ -14,14 +13,10 @@ from pathlib import Path
 import psutil
 import pytest
 from e2e_runs import TINY, compare_runs
-from ray_daemons import ROOT, Ray, wait_for
+from ray_daemons import ROOT, Ray
+from ray_jobs import PATIENCE_SECONDS, RUN, await_step, finish, submit
 
-from sleeptrain.engine.metrics import FILE_NAME
-
-STEPS = ("optim.num_steps=90", "eval.every_steps=0")
-RUN = (*TINY, "experiment=quickstart", "run.device=cpu", "run.num_threads=1", *STEPS)
 TRAINS = "sleeptrain.cluster.training_process"
-PATIENCE_SECONDS = 300
 
 pytestmark = pytest.mark.more
 
@@ -42,32 +37,6 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Path:
         [*command, f"run.dir={folder}", *RUN], check=True, capture_output=True, cwd=ROOT, env=environment
     )
     return folder
-
-
-def submit(ray: Ray, folder: Path, *settings: str, name: str = "") -> subprocess.Popen[str]:
-    return ray.submit(f"run.dir={folder}", *RUN, "cluster.num_workers=2", *settings, name=name)
-
-
-def finish(job: subprocess.Popen[str]) -> str:
-    """What a job that ends well has said."""
-    output, _ = job.communicate(timeout=PATIENCE_SECONDS)
-    assert job.returncode == 0, output
-    assert "succeeded" in output
-    return output
-
-
-def steps(folder: Path) -> list[int]:
-    path = folder / FILE_NAME
-    rows = map(json.loads, path.read_text().splitlines()) if path.exists() else ()
-    return [row["step"] for row in rows if "train/loss" in row]
-
-
-def await_step(folder: Path, step: int, job: subprocess.Popen[str]) -> None:
-    def has_come() -> bool:
-        assert job.poll() is None, job.communicate()[0]
-        return max(steps(folder), default=0) >= step
-
-    wait_for(has_come, PATIENCE_SECONDS)
 
 
 def test_a_job_ends_as_the_local_run_does(ray: Ray, undisturbed: Path, tmp_path: Path) -> None:

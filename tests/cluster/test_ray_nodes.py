@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 from ray_daemons import ROOT, Ray, wait_for
-from test_ray import PATIENCE_SECONDS, RUN, finish, steps
+from ray_jobs import PATIENCE_SECONDS, RUN, finish, steps
 
 from sleeptrain.engine.metrics import FILE_NAME
 

@@ -237,7 +237,7 @@ def test_another_set_is_refused_and_not_touched(
     before = files(tmp_path)
     assert make(tmp_path, *arguments) == 2
     error = capsys.readouterr().err
-    assert f"OUT={tmp_path} holds another set of shards" in error
+    assert f"{tmp_path} holds another set of shards" in error
     assert all(difference in error for difference in differing)
     assert error.count("\n") == 1
     assert files(tmp_path) == before
@@ -273,8 +273,8 @@ def test_wrong_settings_get_a_sentence(
         ("memory://x", 2, 2, "is memory of one process; use --num-procs 1"),
         ("pipe:cat", 1, 2, "could run commands"),
         ("https://me:secret@host/x", 1, 2, "would end up in config.yaml"),
-        ("nowhere://x", 1, 1, "OUT=nowhere://x cannot be used"),
-        ("http://127.0.0.1:9/x", 1, 1, "OUT=http://127.0.0.1:9/x cannot be read"),
+        ("nowhere://x", 1, 1, "nowhere://x cannot be used"),
+        ("http://127.0.0.1:9/x", 1, 1, "http://127.0.0.1:9/x cannot be read"),
         (f"{__file__}/x", 1, 1, "cannot be read|cannot be written"),
     ],
 )

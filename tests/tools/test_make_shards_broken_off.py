@@ -50,7 +50,7 @@ def test_a_full_disk_gets_a_sentence_and_the_rest_is_made_later(tmp_path: Path, 
         return make(tmp_path / "set", *SIZES, *DEPO)
 
     assert in_child(run) == 1
-    assert f"OUT={tmp_path}/set cannot be written (File too large)" in capfd.readouterr().err
+    assert f"{tmp_path}/set cannot be written (File too large)" in capfd.readouterr().err
     assert not list((tmp_path / "set").glob("*.tar"))
     assert make(tmp_path / "set", *SIZES, *DEPO) == 0
     assert files(tmp_path / "set") == files(tmp_path / "whole")

@@ -1,18 +1,18 @@
-"""What ``make_shards.py`` is to make: samples by their place in the set, and where each shard begins."""
+"""What a set of shards will be: samples by their place in it, and where each shard begins."""
 
-import argparse
 import json
 import subprocess
 from collections.abc import Iterator
 from contextlib import suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
-from sleeptrain.data.index import FORMAT, MAX_INDEX_BYTES, MAX_SHARD_BYTES, Index, require_plain_url
+from sleeptrain.config import Config
+from sleeptrain.data.index import FORMAT, MAX_INDEX_BYTES, MAX_SHARD_BYTES, Index, ShardEntry
 from sleeptrain.data.order import shuffled
 from sleeptrain.data.shards import KEY_DIGITS, Tokens
 from sleeptrain.schema import ConfigError
@@ -99,15 +99,19 @@ def describe(head: Index, num_samples: int, num_shards: int) -> dict[str, Any]:
     return json.loads(json.dumps({"format": FORMAT} | values | counts))
 
 
-def make_plan(options: argparse.Namespace) -> Plan:
-    """Raises ConfigError where the settings do not fit together."""
-    from sleeptrain.pretrain import compose_config  # workers start sooner without hydra
+class Sizes(NamedTuple):
+    """Of a set: how many examples (None: a text, which is written whole), and samples of a shard, with the
+    ``names`` that the user knows them by."""
 
-    require_plain_url(options.out, "OUT")
-    if options.out.startswith("memory://") and options.num_procs > 1:
-        raise ConfigError(f"OUT={options.out} is memory of one process; use --num-procs 1")
-    config = compose_config(options.settings)
-    task, seed, split = make_task(config.task), config.run.seed, options.split
+    num_examples: int | None
+    shard_samples: int
+    names: tuple[str, str]
+
+
+def make_plan(config: Config, url: str, split: Split, sizes: Sizes) -> Plan:
+    """The set of the task of ``config``, with its seed. Raises ConfigError where the settings do not fit
+    together."""
+    task, seed = make_task(config.task), config.run.seed
     fingerprint: dict[str, Any] = dict(task.fingerprint())
     source: ExampleSource | DocumentSource
     if isinstance(task, Text):
@@ -117,8 +121,8 @@ def make_plan(options: argparse.Namespace) -> Plan:
         source = DocumentSource(task, [documents[i] for i in order])
     else:
         source = ExampleSource(task, seed, split)
-    num_samples = count_samples(options, source)
-    num_shards = -(-num_samples // options.shard_samples)
+    num_samples = count_samples(sizes, source)
+    num_shards = -(-num_samples // sizes.shard_samples)
     head = Index(
         kind="documents" if isinstance(task, Text) else "examples",
         split=split,
@@ -129,39 +133,59 @@ def make_plan(options: argparse.Namespace) -> Plan:
         code_version=code_version(),
         shards=(),
     )
-    plan = Plan(options.out, head, [num_samples * i // num_shards for i in range(num_shards + 1)], source)
-    _require_sizes(plan, options.shard_samples)
+    plan = Plan(url, head, [num_samples * i // num_shards for i in range(num_shards + 1)], source)
+    _require_sizes(plan, sizes)
     return plan
 
 
-def count_samples(options: argparse.Namespace, source: ExampleSource | DocumentSource) -> int:
+def plan_of_run(config: Config) -> Plan:
+    """The set that producers make for a run in data.shards: unless data.num_examples says otherwise, each
+    logical stream finds what it needs once. Raises ConfigError where the settings do not fit together."""
+    data = config.data
+    num_examples = data.num_examples
+    if num_examples is None:
+        per_stream = config.optim.num_steps * data.batch_sequences // data.streams
+        num_examples = data.streams * -(-per_stream // data.shard_samples) * data.shard_samples
+    sizes = Sizes(num_examples, data.shard_samples, ("data.num_examples", "data.shard_samples"))
+    return make_plan(config, data.shards[0], "train", sizes)
+
+
+def planned_index(plan: Plan) -> Index:
+    """What is known before the first shard is made; the same whatever code makes them."""
+    shards = (
+        ShardEntry(plan.name(i), len(plan.places(i)), tokens=0, bytes=0, sha256="")
+        for i in range(plan.num_shards)
+    )
+    return replace(plan.head, code_version="", shards=tuple(shards))
+
+
+def count_samples(sizes: Sizes, source: ExampleSource | DocumentSource) -> int:
     """All shards of examples hold equally many; the numbers of documents differ by at most one."""
-    wanted, each = options.num_examples, options.shard_samples
+    wanted, each, (name, each_name) = sizes
     if isinstance(source, DocumentSource):
         if wanted:
             raise ConfigError(
-                f"--num-examples={wanted} is for tasks that make examples, and the {len(source.documents)} "
+                f"{name}={wanted} is for tasks that make examples, and the {len(source.documents)} "
                 "documents of a text are written as they are; leave it out"
             )
         return len(source.documents)
     if not wanted:
-        raise ConfigError(
-            f"--num-examples is missing; task={source.task.config.name} makes as many as are asked for"
-        )
+        raise ConfigError(f"{name} is missing; task={source.task.config.name} makes as many as are asked for")
     if wanted % each:
         fitting = [str(n) for n in (wanted // each * each, (wanted // each + 1) * each) if n]
         raise ConfigError(
-            f"--num-examples={wanted} is no multiple of --shard-samples={each}, and shards hold equally many "
+            f"{name}={wanted} is no multiple of {each_name}={each}, and shards hold equally many "
             f"examples; use {' or '.join(fitting)}"
         )
     return wanted
 
 
-def _require_sizes(plan: Plan, shard_samples: int) -> None:
+def _require_sizes(plan: Plan, sizes: Sizes) -> None:
+    name = f"{sizes.names[1]}={sizes.shard_samples}"
     num_samples = plan.borders[-1]
     if plan.num_shards > MAX_SHARDS or num_samples > 10**KEY_DIGITS:
         raise ConfigError(
-            f"--shard-samples={shard_samples} puts {num_samples} samples in {plan.num_shards} shards, and a "
+            f"{name} puts {num_samples} samples in {plan.num_shards} shards, and a "
             f"set has at most {10**KEY_DIGITS} in {MAX_SHARDS}; raise it, or make several sets"
         )
     for shard in range(plan.num_shards):
@@ -169,7 +193,7 @@ def _require_sizes(plan: Plan, shard_samples: int) -> None:
         most = plan.source.most_bytes(places) + SAMPLE_OVERHEAD_BYTES * len(places)
         if most > MAX_SHARD_BYTES:
             raise ConfigError(
-                f"--shard-samples={shard_samples} puts up to {most} bytes in shard {shard}, more than the "
+                f"{name} puts up to {most} bytes in shard {shard}, more than the "
                 f"{MAX_SHARD_BYTES} that it may have; lower it"
             )
 
