@@ -28,7 +28,7 @@ test: .venv/.stamp  ## the fast tests
 	python -m pytest $(ARGS)
 
 test-more: .venv/.stamp-bench  ## the longer tests of CI; brings the peers of the benchmarks
-	python -m pytest -m "more and not slow and not gpu" $(ARGS)
+	python -m pytest -m "more and not slow and not gpu" --durations=40 $(ARGS)
 
 soak: .venv/.stamp  ## effective training time under 20 kills (an hour), then more kills than CI has time for
 	python tools/bench/goodput.py

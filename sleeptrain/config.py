@@ -619,10 +619,10 @@ class Config:
         if self.sleep.carry_between_batches:
             self._check_carry()
         if self.data.producer == "ray":
-            self._check_producer()
+            self._check_producer_has_ray()
         self._check_workers()
 
-    def _check_producer(self) -> None:
+    def _check_producer_has_ray(self) -> None:
         if self.cluster.kind != "ray":
             raise ConfigError(
                 f"data.producer=ray makes shards in tasks of Ray, and cluster.kind={self.cluster.kind} has "

@@ -7,6 +7,7 @@ has the same bytes whoever makes it and appears whole, so nothing is lost or dou
 
 import time
 from collections import deque
+from pathlib import Path
 from typing import Any
 
 import ray
@@ -17,7 +18,7 @@ from sleeptrain.data.index import ShardEntry
 from sleeptrain.data.order import shard_at
 from sleeptrain.data.shard_maker import Folder, claim, complete, finish
 from sleeptrain.data.shard_plan import Plan, plan_of_run
-from sleeptrain.schema import RunError
+from sleeptrain.schema import ConfigError, RunError
 
 
 @ray.remote
@@ -27,10 +28,11 @@ def make_shard(plan: Plan, shard: int, known: ShardEntry | None) -> ShardEntry:
 
 
 class Producers:
-    """Raises ConfigError where the folder of the set cannot be used or holds another one."""
+    """Raises ConfigError where the folder of the set is not the same for all, or holds another set."""
 
     def __init__(self, config: Config) -> None:
         self.config, self._max_retries = config.data, config.cluster.max_restarts
+        _require_shared(self.config.shards[0])
         self._folder = Folder(self.config.shards[0])
         self._plan, self._known = claim(plan_of_run(config), self._folder)
         places = range(self._plan.num_shards)
@@ -86,3 +88,11 @@ class Producers:
             ) from error
         if len(self._made) == self._plan.num_shards:
             complete(self._plan, self._folder, [self._made[i] for i in range(self._plan.num_shards)])
+
+
+def _require_shared(url: str) -> None:
+    if "://" not in url and not Path(url).is_absolute():
+        raise ConfigError(
+            f"data.shards={url} would lie in the working folder of a job, which ends with it; give an "
+            "absolute path on a file system that all nodes share, or a URL"
+        )

@@ -24,7 +24,8 @@ from sleeptrain.engine.resilience import EXIT_CONFIG, EXIT_REQUEUE
 from sleeptrain.parallel.check import check_rows
 from sleeptrain.schema import ConfigError, RunError, from_dict
 
-POLL_SECONDS = 0.5
+POLL_SECONDS = 0.2  # for the end of the process, which costs next to nothing
+BEAT_SECONDS = 2.0  # between two messages to the driver, which take time from the training on the same cores
 OTHERS_SECONDS = 15.0  # for the processes of the other ranks to end after ours
 TAIL_BYTES = 16384
 SHARED_FILE = ".shared"  # what the driver wrote into the run folder
@@ -117,9 +118,13 @@ class TrainingProcess:
 
     def watch(self, control: Any, attempt: str, config: Config | None) -> tuple[int, str]:
         """Its exit code and last word. With ``config``, reports the metrics of the run."""
-        asked_to_stop = False
+        asked_to_stop, beaten = False, -BEAT_SECONDS
         try:
             while self._process.poll() is None:
+                time.sleep(POLL_SECONDS)
+                if time.monotonic() < beaten + BEAT_SECONDS:
+                    continue
+                beaten = time.monotonic()
                 row = newest_row(Path(config.run.dir) / FILE_NAME) if config else None
                 order = ray.get(control.beat.remote(attempt, row))
                 if order == "end":
@@ -127,7 +132,6 @@ class TrainingProcess:
                 if order == "stop" and not asked_to_stop:
                     self._process.send_signal(signal.SIGTERM)
                     asked_to_stop = True
-                time.sleep(POLL_SECONDS)
         finally:
             self._process.kill()
             self._process.wait()

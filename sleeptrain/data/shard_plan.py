@@ -12,7 +12,14 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from sleeptrain.config import Config
-from sleeptrain.data.index import FORMAT, MAX_INDEX_BYTES, MAX_SHARD_BYTES, Index, ShardEntry
+from sleeptrain.data.index import (
+    FORMAT,
+    MAX_INDEX_BYTES,
+    MAX_SHARD_BYTES,
+    Index,
+    ShardEntry,
+    require_plain_url,
+)
 from sleeptrain.data.order import shuffled
 from sleeptrain.data.shards import KEY_DIGITS, Tokens
 from sleeptrain.schema import ConfigError
@@ -142,6 +149,7 @@ def plan_of_run(config: Config) -> Plan:
     """The set that producers make for a run in data.shards: unless data.num_examples says otherwise, each
     logical stream finds what it needs once. Raises ConfigError where the settings do not fit together."""
     data = config.data
+    require_plain_url(data.shards[0], "data.shards")
     num_examples = data.num_examples
     if num_examples is None:
         per_stream = config.optim.num_steps * data.batch_sequences // data.streams

@@ -10,7 +10,7 @@ sys.path += [str(Path(__file__).parent), str(Path(__file__).parents[1] / "e2e")]
 from ray_daemons import Ray
 from ray_jobs import await_step, submit
 
-ADDRESS = "10.77.0.1"
+ADDRESS, STRANGER = "10.77.0.1", "10.77.0.2"
 NUM_THREADS = 64
 
 
@@ -33,6 +33,7 @@ def answering() -> list[int]:
 def answers(port: int) -> bool:
     with socket.socket() as one:
         one.settimeout(2)
+        one.bind((STRANGER, 0))  # from the same address it could meet itself
         return one.connect_ex((ADDRESS, port)) == 0
 
 

@@ -1,6 +1,7 @@
 """A Ray cluster on this machine: the real daemons, started as a user does, in a folder of their own."""
 
 import contextlib
+import json
 import os
 import secrets
 import socket
@@ -22,6 +23,7 @@ QUICK = {  # a node that is gone is noticed within seconds
     "RAY_USAGE_STATS_ENABLED": "0",
     "OMP_NUM_THREADS": "1",
 }
+STOP_WAITS = {"RAY_JOB_STOP_WAIT_TIME_S": "120"}  # as launchers/runtime_env.yaml says
 LOOPBACK = {"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0"}  # as launchers/ray_local.sh does
 
 
@@ -86,7 +88,8 @@ class Ray:
         named = ["--submission-id", name] if name else []
         return subprocess.Popen(
             [
-                *("ray", "job", "submit", "--address", self.dashboard, *named, "--"),
+                *("ray", "job", "submit", "--address", self.dashboard, *named),
+                *("--runtime-env-json", json.dumps({"env_vars": STOP_WAITS}), "--"),
                 *("python", "-m", "sleeptrain.pretrain", "cluster=ray", *settings),
             ],
             env=self.environ,

@@ -7,11 +7,11 @@ import sys
 from pathlib import Path
 
 import pytest
-from port_scan import ADDRESS
+from port_scan import ADDRESS, STRANGER
 from ray_daemons import ROOT
 
 NAMESPACE = ("unshare", "--net", "bash", "-euc")
-NETWORK = f"ip link set lo up; ip address add {ADDRESS}/32 dev lo"
+NETWORK = f"ip link set lo up; ip address add {ADDRESS}/32 dev lo; ip address add {STRANGER}/32 dev lo"
 
 pytestmark = pytest.mark.more
 

@@ -138,6 +138,21 @@ def test_an_array_takes_its_settings_from_the_lines_of_a_file(slurm: Slurm, tmp_
         assert f"num_passes: {n}\n" in (tmp_path / f"n{n}" / "config.yaml").read_text()
 
 
+@pytest.mark.parametrize("start", ["symmetric", "plain"])
+def test_ray_over_the_nodes_of_a_job(slurm: Slurm, tmp_path: Path, start: str) -> None:
+    """On one node: two of this machine would have one address."""
+    folder, script = tmp_path / "run", str(ROOT / "launchers" / "slurm_ray.sbatch")
+    sizes = ("--nodes=1", "--ntasks-per-node=1", "--cpus-per-task=2", "--gpus-per-node=0", "--time=30")
+    environment = f"--export=ALL,PYTHON={sys.executable},OMP_NUM_THREADS=1,RAY_START={start}"
+    few = ("optim.num_steps=9", "cluster.num_workers=2")
+    job = slurm.submit(
+        ROOT, *sizes, f"--output={folder}.log", environment, script, f"run.dir={folder}", *RUN, *few
+    )
+    require_end(slurm, job, folder)
+    assert step_of(folder) == 9
+    assert sorted(p.name for p in (folder / "logs").glob("*.log")) == ["rank_0.log", "rank_1.log"]
+
+
 def test_without_srun_it_says_what_to_use(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "sleeptrain.pretrain", f"run.dir={tmp_path}", "cluster=slurm", *TINY]
     done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)

@@ -114,3 +114,12 @@ def test_help_explains_the_figure(name):
 def test_ray_overhead_compares_the_same_run() -> None:
     [ratio] = numbers_after("ratio step under ray / under torchrun", quick("ray_overhead"))
     assert ratio > 0
+
+
+def test_goodput_kills_a_run_that_ends_like_the_one_it_did_not_kill() -> None:
+    done = run("goodput", "--quick")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "1 kills in " in done.stdout
+    assert "PASS  bit-equal to the run without kills" in done.stdout
+    [ratio] = numbers_after("ratio effective / formula", done.stdout)
+    assert ratio > 0
