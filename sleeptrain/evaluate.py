@@ -12,8 +12,7 @@ from typing import Any, Literal
 
 from omegaconf import OmegaConf
 
-from sleeptrain.config import Config
-from sleeptrain.schema import ConfigError, RunError, describe, from_dict, setting
+from sleeptrain.schema import ConfigError, RunError, describe, from_dict, setting, to_dict
 
 USAGE = """\
 usage: python -m sleeptrain.evaluate checkpoint=FOLDER [KEY=VALUE ...] [task.KEY=VALUE ...]
@@ -88,29 +87,14 @@ def parse(arguments: list[str]) -> dict[str, Any]:
 
 def run(settings: EvaluateConfig, task_changes: dict[str, Any]) -> Path:
     """Evaluates, prints the table, and returns the JSON file it wrote."""
-    from sleeptrain.checkpoint import store
     from sleeptrain.checkpoint.durable import replace_file
-    from sleeptrain.checkpoint.reader import Checkpoint
     from sleeptrain.data.corpus import open_task
+    from sleeptrain.engine import restored
     from sleeptrain.engine.evaluation import as_table, check_difficulties, evaluate
     from sleeptrain.model.visits import require_passes
-    from sleeptrain.parallel.backend import LocalBackend
 
-    folder = Path(settings.checkpoint)
-    found = (
-        Checkpoint(folder)
-        if (folder / "manifest.json").exists()
-        else store.find_latest(folder / "checkpoints", print)
-    )
-    if found is None:
-        raise ConfigError(
-            f"checkpoint={settings.checkpoint} holds no checkpoint; give a run folder or a step folder"
-        )
-    saved = found.documents["config"]
-    same_task = task_changes.get("name", saved["task"]["name"]) == saved["task"]["name"]
-    saved["task"] = (saved["task"] if same_task else {}) | task_changes
-    saved["run"]["device"] = settings.device
-    config = from_dict(Config, saved)
+    found = restored.find(Path(settings.checkpoint))
+    config = restored.settings_of(found, settings.device, task_changes)
     task = open_task(config.task)
     vocab_size = found.shape("model", "embed.weight")[0]
     if task.vocab_size != vocab_size:
@@ -118,8 +102,7 @@ def run(settings: EvaluateConfig, task_changes: dict[str, Any]) -> Path:
             f"the task needs a vocabulary of {task.vocab_size} and the checkpoint has "
             f"{vocab_size}; change task.* back"
         )
-    backend = LocalBackend(config, vocab_size)
-    backend.load_model(found)
+    backend = restored.with_weights(found, config)
     num_passes = settings.num_passes or (config.sleep.num_passes,)
     for n in num_passes:
         require_passes(n, config.model)
@@ -152,7 +135,7 @@ def run(settings: EvaluateConfig, task_changes: dict[str, Any]) -> Path:
         "checkpoint": str(found.path),
         "step": found.step,
         "split": settings.split,
-        "task": saved["task"],
+        "task": to_dict(config.task),
         "trained_num_passes": config.sleep.num_passes,
         "marks": marks,
         "results": [r._asdict() for r in results],

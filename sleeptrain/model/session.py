@@ -8,13 +8,14 @@ awake sees the cache of the last pass before, what training reads in a window wi
 """
 
 import sys
-from typing import NamedTuple
+from collections.abc import Mapping
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from sleeptrain.model.sleep import SleepModel
-from sleeptrain.model.state import State
+from sleeptrain.model.state import BlockState, KVCache, State
 from sleeptrain.model.visits import require_passes, segments_of
 from sleeptrain.model.window_state import Passes
 
@@ -49,15 +50,33 @@ def feed(model: SleepModel, session: Session, ids: Tensor, num_passes: int) -> t
     require_passes(num_passes, model.config)
     logits = [session.hidden.new_zeros(len(ids), 0, model.head.out_features)]
     while ids.shape[1]:
-        room = (
-            model.sleep.window_tokens - session.position_tokens if model.sleep.window_tokens else ids.shape[1]
-        )
-        h, session = _read(model, session, ids[:, :room])
-        logits.append(model.logits(h))
+        room = room_tokens(model, session)
+        more, session = read(model, session, ids[:, :room])
+        logits.append(more)
         ids = ids[:, room:]
-        if session.position_tokens == model.sleep.window_tokens:
+        if is_full(model, session):
             session = sleep(model, session, num_passes)
     return torch.cat(logits, dim=1), session
+
+
+def room_tokens(model: SleepModel, session: Session) -> int:
+    """How many tokens the open window still takes."""
+    return (model.sleep.window_tokens or sys.maxsize) - session.position_tokens
+
+
+def is_full(model: SleepModel, session: Session) -> bool:
+    """Whether it is time to sleep."""
+    return room_tokens(model, session) == 0
+
+
+@torch.no_grad()
+def read(model: SleepModel, session: Session, ids: Tensor) -> tuple[Tensor, Session]:
+    """Pass 1 over ``ids`` ``[B, T]``, at most ``room_tokens``; returns logits ``[B, T, V]``. Raises
+    ValueError for more."""
+    if ids.shape[1] > room_tokens(model, session):
+        raise ValueError(f"{ids.shape[1]} tokens do not fit into the open window; sleep first")
+    h, session = _read(model, session, ids)
+    return model.logits(h), session
 
 
 @torch.no_grad()
@@ -106,3 +125,59 @@ def _read(model: SleepModel, session: Session, ids: Tensor) -> tuple[Tensor, Ses
         h, state = model.stack(h, state, tokens, blocks)
         hidden = torch.cat([hidden, h], dim=1) if name == "core" else hidden
     return h, Session(session.start, state, hidden)
+
+
+def to_tensors(session: Session) -> dict[str, Tensor]:
+    """A session as tensors by name, such as ``start.3.memory`` and ``state.0.caches.1.keys``."""
+    return (
+        {"hidden": session.hidden}
+        | dict(_named("start", session.start))
+        | dict(_named("state", session.state))
+    )
+
+
+def from_tensors(model: SleepModel, tensors: Mapping[str, Tensor]) -> Session:
+    """The way back. Raises ValueError for tensors that are not those of a session of this model."""
+    known = begin(model, 1)
+    try:
+        start, state = (_state_of(tensors, name, len(known.start)) for name in ("start", "state"))
+        session = Session(start, state, tensors["hidden"])
+    except KeyError as error:
+        raise ValueError(f"it is no session of this model: {error} is missing") from error
+    foreign = sorted(tensors.keys() - to_tensors(session).keys())
+    foreign += [
+        name
+        for name, tensor in to_tensors(known).items()
+        if "caches" not in name and (name not in tensors or tensors[name].shape[2:] != tensor.shape[2:])
+    ]
+    if foreign:
+        raise ValueError(f"it is no session of this model: it differs in {', '.join(foreign[:5])}")
+    return session
+
+
+def _named(prefix: str, tree: Any) -> "list[tuple[str, Tensor]]":
+    if isinstance(tree, Tensor):
+        return [(prefix, tree)]
+    if not isinstance(tree, tuple):
+        return []
+    names = getattr(tree, "_fields", range(len(tree)))
+    return [pair for name, part in zip(names, tree) for pair in _named(f"{prefix}.{name}", part)]
+
+
+def _state_of(tensors: Mapping[str, Tensor], prefix: str, num_blocks: int) -> State:
+    return tuple(
+        BlockState(
+            tensors.get(f"{prefix}.{i}.memory"),
+            tensors.get(f"{prefix}.{i}.tail"),
+            _caches(tensors, f"{prefix}.{i}"),
+        )
+        for i in range(num_blocks)
+    )
+
+
+def _caches(tensors: Mapping[str, Tensor], prefix: str) -> tuple[KVCache, ...]:
+    found: list[KVCache] = []
+    while f"{prefix}.caches.{len(found)}.keys" in tensors:
+        name = f"{prefix}.caches.{len(found)}"
+        found.append(KVCache(*(tensors[f"{name}.{field}"] for field in KVCache._fields)))
+    return tuple(found)

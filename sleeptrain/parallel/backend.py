@@ -66,7 +66,7 @@ class LocalBackend:
         for start in range(0, len(batch.ids), micro):
             rows = slice(start, start + micro)
             part, state = batch.rows(rows).to(self.device), self.carried.read(rows)
-            with self._autocast():
+            with self.autocast():
                 output = self.model(part, num_passes, state, trace if traced else None, self.carried.is_on)
                 part_loss = output.loss_sum / num_targets
             part_loss.backward()
@@ -97,7 +97,7 @@ class LocalBackend:
 
     @torch.no_grad()
     def evaluate(self, batch: Batch, num_passes: int) -> Output:
-        with self._autocast():
+        with self.autocast():
             return self.model(batch.to(self.device), num_passes)
 
     def slices(self) -> dict[str, list[Slice]]:
@@ -127,7 +127,8 @@ class LocalBackend:
         for name, values in checkpoint.read_all("model").items():
             own[name].copy_(values)
 
-    def _autocast(self) -> AbstractContextManager:
+    def autocast(self) -> AbstractContextManager:
+        """What every forward pass is inside of."""
         return autocast(self.config, self.device)
 
 

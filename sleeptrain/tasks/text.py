@@ -5,7 +5,7 @@ import hashlib
 import json
 import sysconfig
 from abc import abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, get_args
 
@@ -45,6 +45,10 @@ class ByteTokenizer:
     def encode(self, text: bytes) -> Ints:
         return np.frombuffer(text, dtype=np.uint8).astype(np.int64)
 
+    def decode(self, ids: Sequence[int]) -> bytes:
+        """The end of a document is no text."""
+        return bytes(i for i in ids if i < 256)
+
 
 class FileTokenizer:
     """A Hugging Face ``tokenizer.json``, without its special tokens; needs the ``tokenizers`` package."""
@@ -67,6 +71,11 @@ class FileTokenizer:
         decoded = text.decode(errors="replace")
         return np.array(self._tokenizer.encode(decoded, add_special_tokens=False).ids, dtype=np.int64)
 
+    def decode(self, ids: Sequence[int]) -> bytes:
+        """The end of a document is no text."""
+        known = [i for i in ids if i < len(self.bytes_per_id) - 1]
+        return str(self._tokenizer.decode(known, skip_special_tokens=False)).encode()
+
     def _count_bytes(self) -> Ints:
         """Bytes that each id stands for, [vocabulary]."""
         content = json.loads(self._tokenizer.to_str())
@@ -82,6 +91,14 @@ class FileTokenizer:
             else:
                 counts[i] = len(token.replace("▁", " ").encode())
         return counts
+
+
+Tokenizer = ByteTokenizer | FileTokenizer
+
+
+def make_tokenizer(config: TextConfig) -> Tokenizer:
+    """Raises ConfigError where there is no such file."""
+    return ByteTokenizer() if config.tokenizer == "bytes" else FileTokenizer(Path(config.tokenizer))
 
 
 class TextCrops(Task):
@@ -106,8 +123,7 @@ class TextCrops(Task):
 
     def __init__(self, config: TextConfig) -> None:
         super().__init__(config)
-        is_bytes = config.tokenizer == "bytes"
-        self._tokenizer = ByteTokenizer() if is_bytes else FileTokenizer(Path(config.tokenizer))
+        self._tokenizer = make_tokenizer(config)
         self.vocab_size = len(self._tokenizer.bytes_per_id)
         self.difficulties = (0,)
         self._tokens_of: dict[Split, Tokens] = {}
