@@ -21,6 +21,7 @@ QUICK = {  # a node that is gone is noticed within seconds
     "RAY_health_check_timeout_ms": "2000",
     "RAY_health_check_failure_threshold": "3",
     "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_worker_niceness": "0",
     "OMP_NUM_THREADS": "1",
 }
 STOP_WAITS = {"RAY_JOB_STOP_WAIT_TIME_S": "120"}  # as launchers/runtime_env.yaml says

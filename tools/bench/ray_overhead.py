@@ -75,6 +75,7 @@ def start_ray(folder: Path) -> dict[str, str]:
         "RAY_AUTH_TOKEN": secrets.token_hex(32),
         "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
         "RAY_USAGE_STATS_ENABLED": "0",
+        "RAY_worker_niceness": "0",  # as the launchers do
         "OMP_NUM_THREADS": "1",
     }
     size = [f"--num-cpus={NUM_WORKERS}", "--object-store-memory=80000000", f"--temp-dir={folder}", "--port=0"]
