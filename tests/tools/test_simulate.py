@@ -191,6 +191,12 @@ def test_measured_figures_are_those_of_the_log() -> None:
     assert f"(imports {parts['imports']}, load {parts['load']}, step {parts['step']})" in log
     assert f"{simulate_report.MEASURED_RESTART_TOTAL_SECONDS} s from the command" in log
     assert f"stall {cluster_costs.STALL_OVER_COPY} of a memcpy" in log
+    soak = simulate_report.MEASURED_SOAK
+    assert f"Effective training time {simulate_report.MEASURED_SOAK_PERCENT:.2f} %" in log
+    assert (
+        f"{simulate_report.MEASURED_SOAK_INTERVAL_SECONDS} s of training, stall {1e3 * soak.stall:.1f} ms"
+        in log
+    )
     for seconds in (simulate_report.MEASURED_STALL_SECONDS, simulate_report.MEASURED_DURABLE_SECONDS):
         assert f"| {1e3 * seconds:.1f} |" in log
 
@@ -198,7 +204,13 @@ def test_measured_figures_are_those_of_the_log() -> None:
 def test_formulas_are_near_what_was_measured(capsys) -> None:
     code, text, _ = run(capsys, "--validate")
     assert code == 0
-    for name, bound in (("bubble", 0.1), ("T(N)", 0.08), ("recovery", 0.1), ("goodput", 0.002)):
+    for name, bound in (
+        ("bubble", 0.1),
+        ("T(N)", 0.08),
+        ("recovery", 0.1),
+        ("soak", 0.02),
+        ("goodput", 0.002),
+    ):
         ratios = [
             float(x) for x in re.findall(rf"^{re.escape(name)}.* ([\d.]+)  (?:measured|\d+ sim)", text, re.M)
         ]

@@ -1,4 +1,7 @@
-"""What Ray costs a step: the same run of two processes under torchrun and as a run on a Ray cluster.
+"""What Ray costs a step: the same run under torchrun and as a run on a Ray cluster.
+
+Once with a process less than the machine has cores, so that Ray's daemons have one, as they have beside GPUs;
+and once with a process on every core, where they take their time from the training.
 
 Each round runs both, in folders of their own, on a cluster of this machine that is started for it. A figure
 is the median of train/step_seconds over the rows of a run, the first ones left out; then the median of the
@@ -20,7 +23,8 @@ import measure
 import psutil
 
 SETTINGS = ("experiment=quickstart", "run.device=cpu", "run.num_threads=1", "eval.every_steps=0")
-NUM_WORKERS, WARMUP_ROWS = 2, 2
+NUM_CORES = len(os.sched_getaffinity(0))
+WARMUP_ROWS = 2
 BAR = 1.05
 
 
@@ -33,32 +37,45 @@ def main() -> None:
     with tempfile.TemporaryDirectory(prefix="ray", dir="/tmp") as name:  # Ray's sockets want a short path
         environment = start_ray(Path(name) / "ray")
         try:
-            found: dict[str, list[tuple[float, float]]] = {"torchrun": [], "ray": []}
-            for number in range(options.rounds):
-                for side in found:
-                    folder = Path(name) / f"{side}_{number}"
-                    found[side].append(run(side, folder, settings, environment))
+            for num_workers in sorted({max(1, NUM_CORES - 1), NUM_CORES}):
+                folder = Path(name) / f"of_{num_workers}"
+                compare(num_workers, folder, settings, environment, options.rounds, options.quick)
         finally:
             stop_ray(Path(name) / "ray")
+
+
+def compare(
+    num_workers: int,
+    folder: Path,
+    settings: list[str],
+    environment: dict[str, str],
+    rounds: int,
+    quick: bool,
+) -> None:
+    """Prints the steps of so many processes."""
+    found: dict[str, list[tuple[float, float]]] = {"torchrun": [], "ray": []}
+    for number in range(rounds):
+        for side in found:
+            where = [f"cluster.num_workers={num_workers}", f"run.dir={folder}/{side}_{number}"]
+            found[side].append(run(side, folder / f"{side}_{number}", [*settings, *where], environment))
     rows = []
     for side, runs in found.items():
         steps, wholes = (median(values) for values in zip(*runs))
         rows.append((side, f"{1e3 * steps:.1f}", f"{wholes:.1f}"))
-    print(f"\nmedians over {options.rounds} rounds of {NUM_WORKERS} processes")
+    processes = f"{num_workers} processes on {NUM_CORES} cores"
+    print(f"\nmedians over {rounds} rounds, {processes}")
     measure.show(("", "ms per step", "whole run s"), rows)
-    pairs = zip(found["ray"], found["torchrun"])
-    ratio = median(ours[0] / theirs[0] for ours, theirs in pairs)
-    print(f"ratio step under ray / under torchrun: {ratio:.3f}")
-    if not options.quick:
-        measure.judge("step under ray / under torchrun", ratio, at_most=BAR)
+    ratio = median(ours[0] / theirs[0] for ours, theirs in zip(found["ray"], found["torchrun"]))
+    print(f"ratio step under ray / under torchrun, {processes}: {ratio:.3f}")
+    if not quick:
+        measure.judge(f"step under ray / under torchrun, {processes}", ratio, at_most=BAR)
 
 
 def run(side: str, folder: Path, settings: list[str], environment: dict[str, str]) -> tuple[float, float]:
     """Seconds per step and of the whole run."""
     cluster = "ray" if side == "ray" else "local_procs"
-    where = [f"cluster={cluster}", f"cluster.num_workers={NUM_WORKERS}", f"run.dir={folder}"]
     start = time.perf_counter()
-    command = [sys.executable, "-m", "sleeptrain.pretrain", *settings, *where]
+    command = [sys.executable, "-m", "sleeptrain.pretrain", *settings, f"cluster={cluster}"]
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     if done.returncode:
         raise SystemExit(done.stdout + done.stderr)
@@ -78,7 +95,7 @@ def start_ray(folder: Path) -> dict[str, str]:
         "RAY_worker_niceness": "0",  # as the launchers do
         "OMP_NUM_THREADS": "1",
     }
-    size = [f"--num-cpus={NUM_WORKERS}", "--object-store-memory=80000000", f"--temp-dir={folder}", "--port=0"]
+    size = [f"--num-cpus={NUM_CORES}", "--object-store-memory=80000000", f"--temp-dir={folder}", "--port=0"]
     command = [tool("ray"), "start", "--head", "--include-dashboard=false", *size]
     started = subprocess.run(command, env=environment, capture_output=True, text=True)
     if started.returncode:
