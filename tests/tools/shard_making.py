@@ -49,7 +49,7 @@ def in_child(action: Callable[[], int]) -> int:
 
 
 def plan(out: Path) -> Any:
-    return make_shards.make_plan(make_shards.parse([str(out), *SIZES, *DEPO, "--num-procs", "1"]))
+    return make_shards.plan_of(make_shards.parse([str(out), *SIZES, *DEPO, "--num-procs", "1"]))
 
 
 def die_at(plan: Any, operation: int) -> bool:

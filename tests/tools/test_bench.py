@@ -71,6 +71,15 @@ def test_passes_measures_time_and_memory():
     assert "growth per extra pass: keep all" in output
 
 
+def test_latency_times_tokens_awake_and_sleeps() -> None:
+    output = quick("latency")
+    for name in ("N = 2 / N = 1", "3 windows / 1", "3 windows / 1, attention to all"):
+        [ratio] = numbers_after(f"ratio p50, {name}", output)
+        assert ratio > 0
+    assert "ratio sleep / forwards, worst" in output
+    assert "growth of the peak per 10k tokens" in output
+
+
 def test_tasks_compares_every_task_with_its_model():
     output = quick("tasks")
     rows = re.findall(r"^(rule110|depo|text) .*  \d+\.\d{3} \(cpu \d+\.\d{3}\)$", output, re.MULTILINE)
@@ -102,7 +111,11 @@ def test_parallel_overhead_compares_equal_gradients():
 
 
 @pytest.mark.parametrize(
-    "name", ["gdn_cpu", "step_overhead", "passes", "tasks", "pipeline_bubble", "parallel_overhead", "shards"]
+    "name",
+    [
+        *("gdn_cpu", "step_overhead", "passes", "tasks", "pipeline_bubble", "parallel_overhead", "shards"),
+        *("latency", "goodput"),
+    ],
 )
 def test_help_explains_the_figure(name):
     done = run(name, "--help")

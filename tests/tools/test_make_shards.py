@@ -141,7 +141,7 @@ def test_how_texts_are_cut_makes_no_other_set(tmp_path: Path, corpus: Path, caps
 def test_a_text_that_changes_meanwhile_is_refused(tmp_path: Path, corpus: Path) -> None:
     copy = Path(shutil.copytree(corpus, tmp_path / "corpus"))
     options = make_shards.parse([str(tmp_path / "set"), "--num-procs", "1", *text_settings(copy)])
-    begun = make_shards.make_plan(options)
+    begun = make_shards.plan_of(options)
     changed = begun.source.documents[7]
     changed.path.write_text("something else")
     with pytest.raises(ConfigError, match=f"{changed.name} changed while it was in use"):

@@ -1,0 +1,175 @@
+"""What a token costs awake, and how long a sleep lasts: over N, and over how much was read before.
+
+Awake: seconds per token (p50, p99) of a session that reads one token at a time, in the second half of its
+open window, after 1 and more windows, with N passes in each sleep; sides are timed in turn, token by token.
+The peer is a transformer of the same width and depth that keeps everything it read: its token costs more, the
+more it read. Asleep: the sleep at the end of a window against N - 1 forwards over the window, of embedding
+and blocks, in the same run. Memory: peak of a fresh process that reads so many tokens.
+
+The ratios are N = 8 over N = 1, the longest context over the shortest, sleep over its forwards.
+"""
+
+import argparse
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from statistics import median, quantiles
+
+import measure
+import torch
+
+from sleeptrain.config import ModelConfig, SleepConfig
+from sleeptrain.model import session
+from sleeptrain.model.sleep import SleepModel
+
+VOCAB_SIZE = 257
+BAR_AWAKE, BAR_STALL, BAR_MB_PER_10K_TOKENS = 1.02, 0.10, 1.0
+
+
+@dataclass(frozen=True)
+class Setup:
+    """Sizes of a measurement."""
+
+    d_model: int = 256
+    head_dim: int = 64
+    window_tokens: int = 128
+    num_passes: tuple[int, ...] = (1, 2, 4, 8)
+    contexts: tuple[int, ...] = (1, 4, 16, 64)  # windows read before
+    memory_tokens: tuple[int, ...] = (2_560, 12_800, 23_040)
+
+    def model(self, pattern: str = "attn gdn attn gdn", window_tokens: int | None = None) -> SleepModel:
+        """Four blocks with four heads; ``window_tokens`` 0: one window that never ends."""
+        dim = self.head_dim
+        config = ModelConfig(
+            d_model=self.d_model, head_dim=dim, memory_key_dim=dim, memory_value_dim=dim, pattern=pattern
+        )
+        length = self.window_tokens if window_tokens is None else window_tokens
+        return SleepModel(config, SleepConfig(window_tokens=length), VOCAB_SIZE)
+
+
+QUICK = Setup(*(32, 8, 16), num_passes=(1, 2), contexts=(1, 3), memory_tokens=(32, 64, 128))
+
+
+def main() -> None:
+    parser = measure.parser(__doc__ or "", rounds=5)
+    parser.add_argument("--alone", type=int, metavar="TOKENS", help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    setup = QUICK if options.quick else Setup()
+    if options.alone:
+        torch.set_num_threads(1)
+        measure.return_freed_memory()
+        read_windows(setup.model(), options.alone // setup.window_tokens, 2)
+        measure.print_peak()
+        return
+    measure.begin()
+    print(f"{setup}\n")
+    report_awake(setup, options.rounds, judged=not options.quick)
+    report_sleep(setup, options.rounds, judged=not options.quick)
+    size = ["--quick"] if options.quick else []
+    peaks = [measure.peak_mib(__file__, [*size, "--alone", str(n)]) for n in setup.memory_tokens]
+    report_memory(setup, peaks, judged=not options.quick)
+
+
+def random_ids(num_tokens: int) -> torch.Tensor:
+    return torch.randint(VOCAB_SIZE, (1, num_tokens), generator=torch.Generator().manual_seed(0))
+
+
+def read_windows(model: SleepModel, num_windows: int, num_passes: int, length: int = 0) -> session.Session:
+    """A session that has read so many windows of ``length`` tokens (the model's own)."""
+    now, length = session.begin(model, 1), length or model.sleep.window_tokens
+    for _ in range(num_windows):
+        _, now = session.feed(model, now, random_ids(length), num_passes)
+    return now
+
+
+def token_by_token(
+    setup: Setup, model: SleepModel, num_windows: int, num_passes: int
+) -> Callable[[int], None]:
+    """Reads token number i of the second half of the open window after so many windows; 0 begins it anew."""
+    half = setup.window_tokens // 2
+    now = read_windows(model, num_windows, num_passes, setup.window_tokens)
+    _, start = session.read(model, now, random_ids(half))
+    ids = random_ids(half)
+    place = [start]
+
+    def read(i: int) -> None:
+        before = start if i == 0 else place[0]
+        _, place[0] = session.read(model, before, ids[:, i : i + 1])
+
+    return read
+
+
+def report_awake(setup: Setup, rounds: int, judged: bool) -> None:
+    model, everything = setup.model(), setup.model("attn attn attn attn", window_tokens=0)
+    most, first, last = max(setup.num_passes), setup.contexts[0], setup.contexts[-1]
+    sides = {("sleeps", n, last): token_by_token(setup, model, last, n) for n in setup.num_passes}
+    for context in setup.contexts[:-1]:
+        sides["sleeps", most, context] = token_by_token(setup, model, context, most)
+    for context in setup.contexts:
+        sides["attention to all", 1, context] = token_by_token(setup, everything, context, 1)
+    times: dict[tuple[str, int, int], list[float]] = {side: [] for side in sides}
+    for _ in range(rounds + 1):  # the first one warms up
+        for i in range(setup.window_tokens // 2):
+            for side, read in sides.items():
+                start = time.perf_counter()
+                read(i)
+                times[side].append(time.perf_counter() - start)
+    for side in sides:
+        del times[side][: setup.window_tokens // 2]
+    rows = [
+        (name, str(n), str(context), f"{1e3 * median(found):.3f}", f"{1e3 * quantiles(found, n=100)[98]:.3f}")
+        for (name, n, context), found in times.items()
+    ]
+    measure.show(("model", "N", "windows before", "p50 ms", "p99 ms"), rows)
+
+    def ratio(over: tuple[str, int, int], under: tuple[str, int, int]) -> float:
+        return median(times[over]) / median(times[under])
+
+    over_n = ratio(("sleeps", most, last), ("sleeps", 1, last))
+    over_context = ratio(("sleeps", most, last), ("sleeps", most, first))
+    of_peer = ratio(("attention to all", 1, last), ("attention to all", 1, first))
+    print(f"ratio p50, N = {most} / N = 1: {over_n:.3f}")
+    print(f"ratio p50, {last} windows / {first}: {over_context:.3f}")
+    print(f"ratio p50, {last} windows / {first}, attention to all: {of_peer:.3f}\n")
+    if judged:
+        measure.judge(f"p50 awake, N = {most} / N = 1", over_n, at_most=BAR_AWAKE)
+        measure.judge(f"p50 awake, {last} windows / {first}", over_context, at_most=BAR_AWAKE)
+
+
+def report_sleep(setup: Setup, rounds: int, judged: bool) -> None:
+    """Stalls against as many forwards."""
+    model = setup.model()
+    before, ids = read_windows(model, 2, 2), random_ids(setup.window_tokens)
+    _, full = session.read(model, before, ids)
+
+    def forward() -> None:
+        with torch.no_grad():
+            session._read(model, before, ids)
+
+    calls: dict[int, Callable[[], object]] = {0: forward}
+    for n in setup.num_passes[1:]:
+        calls[n] = lambda n=n: session.sleep(model, full, n)  # type: ignore[misc]
+    times = measure.interleaved(calls, 3 * rounds)
+    rows, worst = [], 0.0
+    for n in setup.num_passes[1:]:
+        ratio = median(a.wall / (b.wall * (n - 1)) for a, b in zip(times[n], times[0]))
+        worst = max(worst, ratio - 1)
+        rows.append((str(n), f"{1e3 * measure.median_wall(times[n]):.1f}", f"{ratio:.3f}"))
+    print(f"a forward over {setup.window_tokens} tokens: {1e3 * measure.median_wall(times[0]):.1f} ms")
+    measure.show(("N", "sleep ms", "over N - 1 forwards"), rows)
+    print(f"ratio sleep / forwards, worst: {1 + worst:.3f}\n")
+    if judged:
+        measure.judge("sleep beyond N - 1 forwards, share", worst, at_most=BAR_STALL)
+
+
+def report_memory(setup: Setup, peaks: list[float], judged: bool) -> None:
+    rows = [(str(n), f"{peak:.1f}") for n, peak in zip(setup.memory_tokens, peaks)]
+    measure.show(("tokens read", "peak MiB"), rows)
+    slope = measure.slope(setup.memory_tokens, peaks) * 10_000 * 2**20 / 1e6
+    print(f"growth of the peak per 10k tokens: {slope:.3f} MB")
+    if judged:
+        measure.judge("MB per 10k tokens", slope, at_most=BAR_MB_PER_10K_TOKENS)
+
+
+if __name__ == "__main__":
+    main()
