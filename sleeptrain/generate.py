@@ -37,6 +37,9 @@ class GenerateConfig:
     prompt: str = setting("", "text to read first; -: standard input")
     ids: tuple[int, ...] = setting((), "token ids to read first, for models that are not of text")
     num_passes: int | None = setting(None, "N of each sleep; null: as trained")
+    tolerance: float = setting(
+        0.0, "a sleep ends once a pass changes the fast weights by less than this share of their norm"
+    )
     max_tokens: int = setting(200, "tokens to write")
     temperature: float = setting(0.0, "0: always the most likely token")
     top_p: float = setting(1.0, "draw among the fewest tokens whose probabilities add up to this")
@@ -91,7 +94,13 @@ def run(settings: GenerateConfig) -> None:
     """Reads, writes, and says when it sleeps."""
     from sleeptrain.session import Session
 
-    session = Session(settings.checkpoint, settings.num_passes, device=settings.device, on_sleep=tell)
+    session = Session(
+        settings.checkpoint,
+        settings.num_passes,
+        device=settings.device,
+        tolerance=settings.tolerance,
+        on_sleep=tell,
+    )
     if settings.load:
         session.load(settings.load)
     prompt = sys.stdin.read() if settings.prompt == "-" else settings.prompt

@@ -33,7 +33,8 @@ FORMAT = "sleeptrain memory 1"
 
 
 class Sleep(NamedTuple):
-    """That it slept: how many tokens it had read before, with which N, and for how long."""
+    """That it slept: how many tokens it had read before, the passes of the sequence that made most of them
+    (reading is the first), and for how long."""
 
     num_tokens: int
     num_passes: int
@@ -41,7 +42,8 @@ class Sleep(NamedTuple):
 
 
 class Session:
-    """``num_sequences`` that are read side by side, with ``num_passes`` (None: as trained) in each sleep.
+    """``num_sequences`` that are read side by side, with ``num_passes`` (None: as trained) in each sleep, or
+    fewer once a pass changes the fast weights of a sequence by less than ``tolerance`` of their norm.
 
     ``on_sleep`` hears of every sleep. Raises ConfigError or RunError where there is no usable checkpoint.
     """
@@ -52,12 +54,14 @@ class Session:
         num_passes: int | None = None,
         num_sequences: int = 1,
         device: str = "auto",
+        tolerance: float = 0.0,
         on_sleep: Callable[[Sleep], None] = lambda sleep: None,
     ) -> None:
         found = restore(Path(checkpoint), device)
         self.config, self.model, self.device = found.config, found.backend.model, found.backend.device
         self.num_passes = num_passes or found.config.sleep.num_passes
         require_passes(self.num_passes, found.config.model)
+        self.tolerance = tolerance
         task = found.config.task
         self.tokenizer = make_tokenizer(task) if isinstance(task, TextConfig) else None
         self.on_sleep, self.num_tokens = on_sleep, 0
@@ -88,10 +92,11 @@ class Session:
         """Passes 2..N over what is in the open window, which is then forgotten but for what was written."""
         start, chosen = time.perf_counter(), num_passes or self.num_passes
         with self._backend.autocast():
-            self._session = sessions.sleep(self.model, self._session, chosen)
+            slept = sessions.sleep_until_settled(self.model, self._session, chosen, self.tolerance)
+        self._session, used = slept
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
-        self.on_sleep(Sleep(self.num_tokens, chosen, time.perf_counter() - start))
+        self.on_sleep(Sleep(self.num_tokens, int(used.max()), time.perf_counter() - start))
 
     def generate(
         self, max_tokens: int, temperature: float = 0.0, top_p: float = 1.0, seed: int = 0

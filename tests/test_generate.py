@@ -84,6 +84,13 @@ def test_it_sleeps_by_itself_and_says_so(run: Path) -> None:
     assert slept[-1].num_tokens == 35
 
 
+def test_it_sleeps_no_longer_than_its_memory_moves(run: Path) -> None:
+    slept: list[Sleep] = []
+    for tolerance in (0.0, 1e9):
+        Session(run, num_passes=5, tolerance=tolerance, on_sleep=slept.append).feed("x" * WINDOW)
+    assert [s.num_passes for s in slept] == [5, 2]
+
+
 def test_a_saved_memory_goes_on_bit_equal_in_another_process(run: Path, tmp_path: Path) -> None:
     session, memory = Session(run), tmp_path / "memory.safetensors"
     session.feed(PROMPT)

@@ -1,5 +1,7 @@
 """Wake and sleep at inference equals the training loop, however the tokens come."""
 
+import math
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -7,6 +9,7 @@ from plain import WINDOW, build, make
 from torch import Tensor
 
 from sleeptrain.model import SleepModel, session
+from sleeptrain.model.state import map_tensors
 
 EVERY_KIND = "attn jet gdn swa:3 gdn"
 MODES = [
@@ -93,3 +96,39 @@ def test_less_than_one_pass_is_refused(call) -> None:
     arguments = (ids,) if call is session.feed else ()
     with pytest.raises(ValueError, match="num_passes=0 "):
         call(model, now, *arguments, 0)
+
+
+def row_of(now: session.Session, row: int) -> session.Session:
+    return map_tensors(lambda tensor: tensor[row : row + 1], now)
+
+
+@pytest.mark.parametrize("mode", MODES, ids=label)
+@pytest.mark.parametrize("schedule", ["predict_then_consolidate", "consolidate_or_predict"])
+def test_a_sequence_that_settles_early_has_slept_with_fewer_passes(mode: dict, schedule: str) -> None:
+    """Each row goes on as it would alone, with as many passes as it made."""
+    model = build(EVERY_KIND, schedule=schedule, **mode)
+    ids = make(2 * WINDOW - 1, []).ids
+    _, now = session.feed(model, session.begin(model, len(ids)), ids, 4)
+    seen = set()
+    for tolerance in (1e-30, 0.02, 0.05, 0.1, 0.15, 0.2, 0.3, math.inf):
+        slept, used = session.sleep_until_settled(model, now, 6, tolerance)
+        seen.add(tuple(used.tolist()))
+        logits, _ = session.feed(model, slept, ids[:, :5], 4)
+        for row, passes in enumerate(used.tolist()):
+            alone = session.sleep(model, row_of(now, row), passes)
+            expected, _ = session.feed(model, alone, ids[row : row + 1, :5], 4)
+            torch.testing.assert_close(logits[row : row + 1], expected, rtol=1e-9, atol=1e-9)
+    assert {(6, 6), (2, 2)} <= seen
+    assert any(a != b for a, b in seen)
+
+
+def test_without_tolerance_all_make_all_passes() -> None:
+    model = build("attn gdn gdn")
+    ids = make(WINDOW - 1, []).ids
+    _, now = session.feed(model, session.begin(model, 2), ids, 3)
+    slept, used = session.sleep_until_settled(model, now, 3, 0.0)
+    expected = session.sleep(model, now, 3)
+    assert used.tolist() == [3, 3]
+    assert all(
+        torch.equal(a.memory, b.memory) for a, b in zip(slept.start, expected.start) if a.memory is not None
+    )
