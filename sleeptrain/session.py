@@ -24,6 +24,7 @@ from torch import Tensor
 from sleeptrain.checkpoint.durable import replace_file
 from sleeptrain.config import TextConfig
 from sleeptrain.engine.restored import restore
+from sleeptrain.model import ragged
 from sleeptrain.model import session as sessions
 from sleeptrain.model.visits import require_passes
 from sleeptrain.schema import ConfigError, RunError, to_dict
@@ -31,10 +32,12 @@ from sleeptrain.tasks.text import make_tokenizer
 
 FORMAT = "sleeptrain memory 1"
 
+Given = str | Sequence[int]
+
 
 class Sleep(NamedTuple):
-    """That it slept: how many tokens it had read before, the passes of the sequence that made most of them
-    (reading is the first), and for how long."""
+    """That it slept: how many tokens it had read before and the passes it made (reading is the first), of the
+    sequences that slept those with the most, and for how long."""
 
     num_tokens: int
     num_passes: int
@@ -42,8 +45,9 @@ class Sleep(NamedTuple):
 
 
 class Session:
-    """``num_sequences`` that are read side by side, with ``num_passes`` (None: as trained) in each sleep, or
-    fewer once a pass changes the fast weights of a sequence by less than ``tolerance`` of their norm.
+    """``num_sequences`` of any lengths, read side by side, with ``num_passes`` (None: as trained) in each
+    sleep, or fewer once a pass changes the fast weights of a sequence by less than ``tolerance`` of their
+    norm.
 
     ``on_sleep`` hears of every sleep. Raises ConfigError or RunError where there is no usable checkpoint.
     """
@@ -64,47 +68,62 @@ class Session:
         self.tolerance = tolerance
         task = found.config.task
         self.tokenizer = make_tokenizer(task) if isinstance(task, TextConfig) else None
-        self.on_sleep, self.num_tokens = on_sleep, 0
+        self.on_sleep = on_sleep
         self._backend = found.backend
         self._identity = _identity(found.config.run.id, found.checkpoint.step, to_dict(found.config))
-        self._session = sessions.begin(self.model, num_sequences)
+        self._rows = ragged.begin(self.model, num_sequences)
+        self._read = torch.zeros(num_sequences, dtype=torch.long, device=self.device)
         self._next = torch.zeros(num_sequences, self.model.head.out_features, device=self.device)
 
-    def feed(self, tokens: str | Sequence[int] | Tensor, num_passes: int | None = None) -> Tensor:
-        """Reads a text, ids, or ids ``[B, T]``; returns logits ``[B, T, V]``. Raises ConfigError for a text
-        where the model has no tokenizer, and for ids that it does not know."""
-        ids, logits = self._ids(tokens), []
-        while ids.shape[1]:
-            room = sessions.room_tokens(self.model, self._session)
+    @property
+    def num_tokens(self) -> int:
+        """Read so far, by the sequence that read most."""
+        return int(self._read.max())
+
+    def feed(self, tokens: Given | Sequence[Given] | Tensor, num_passes: int | None = None) -> Tensor:
+        """Reads a text or ids; for several sequences a list of such, or ids ``[B, T]``. Returns logits
+        ``[B, T, V]``, zeros after the end of shorter ones. Raises ConfigError for a text where the model has
+        no tokenizer, and for ids that it does not know."""
+        ids, left = self._ids(tokens)
+        logits = self._next.new_zeros(*ids.shape, self._next.shape[1])
+        begun = torch.zeros_like(left)
+        while left.any():
+            take = torch.minimum(left, ragged.room_tokens(self.model, self._rows))
+            places = (begun[:, None] + torch.arange(int(take.max()), device=self.device)).clamp_max(
+                ids.shape[1] - 1
+            )
             with self._backend.autocast():
-                more, self._session = sessions.read(self.model, self._session, ids[:, :room])
-            self.num_tokens += more.shape[1]
-            logits.append(more)
-            ids = ids[:, room:]
-            if sessions.is_full(self.model, self._session):
-                self.sleep(num_passes)
-        if not logits:
-            return self._next[:, None][:, :0]
-        self._next = logits[-1][:, -1]
-        return torch.cat(logits, dim=1)
+                more, self._rows = ragged.read(self.model, self._rows, ids.gather(1, places), take)
+            for row, (start, count) in enumerate(zip(begun.tolist(), take.tolist())):
+                if count:
+                    logits[row, start : start + count] = more[row, :count]
+                    self._next[row] = more[row, count - 1]
+            begun, left, self._read = begun + take, left - take, self._read + take
+            full = ragged.room_tokens(self.model, self._rows) == 0
+            if full.any():
+                self._sleep(full, num_passes)
+        return logits
 
     def sleep(self, num_passes: int | None = None) -> None:
-        """Passes 2..N over what is in the open window, which is then forgotten but for what was written."""
+        """Passes 2..N over what is in the open windows, which is then forgotten but for what was written."""
+        self._sleep(self._rows.filled > 0, num_passes)
+
+    def _sleep(self, which: Tensor, num_passes: int | None) -> None:
         start, chosen = time.perf_counter(), num_passes or self.num_passes
         with self._backend.autocast():
-            slept = sessions.sleep_until_settled(self.model, self._session, chosen, self.tolerance)
-        self._session, used = slept
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
-        self.on_sleep(Sleep(self.num_tokens, int(used.max()), time.perf_counter() - start))
+            self._rows, told = ragged.sleep(self.model, self._rows, which, chosen, self.tolerance)
+        most = max((int(slept.passes.max()) for slept in told), default=1)
+        self.on_sleep(Sleep(int(self._read[which].max()), most, time.perf_counter() - start))
 
     def generate(
         self, max_tokens: int, temperature: float = 0.0, top_p: float = 1.0, seed: int = 0
     ) -> Iterator[Tensor]:
         """The next ids ``[B]``, one after the other, each of them read before the next; greedy at temperature
         0. It ends early where every sequence has come to the end of its document."""
-        if not self.num_tokens:
-            raise ConfigError("nothing was read yet, so there is nothing to go on from; feed a token first")
+        if not self._read.all():
+            raise ConfigError(
+                "a sequence has read nothing yet, so there is nothing to go on from; feed a token first"
+            )
         generator = torch.Generator(self.device).manual_seed(seed)
         end = self.model.head.out_features if self.tokenizer is None else len(self.tokenizer.bytes_per_id) - 1
         for _ in range(max_tokens):
@@ -134,8 +153,9 @@ class Session:
 
     def save(self, path: str | Path) -> None:
         """Writes what it remembers to a file, whole or not at all. Raises OSError."""
-        tensors = sessions.to_tensors(self._session) | {"next": self._next}
-        said = {"format": FORMAT, "identity": self._identity, "num_tokens": self.num_tokens}
+        own = {"next": self._next, "filled": self._rows.filled, "read": self._read}
+        tensors = sessions.to_tensors(self._rows.session) | own
+        said = {"format": FORMAT, "identity": self._identity}
         plain = {name: tensor.cpu().contiguous().clone() for name, tensor in tensors.items()}  # none shared
         replace_file(Path(path), safetensors.torch.save(plain, {"sleeptrain": json.dumps(said)}))
 
@@ -147,27 +167,33 @@ class Session:
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
             if said.get("format") != FORMAT or said.get("identity") != self._identity:
                 raise ValueError("another model, or another checkpoint of it, wrote it")
-            following = tensors.pop("next")
-            self._session = sessions.from_tensors(self.model, tensors)
+            following, filled, read = (tensors.pop(name) for name in ("next", "filled", "read"))
+            rows = ragged.Rows(sessions.from_tensors(self.model, tensors), filled)
         except (OSError, ValueError, KeyError, safetensors.SafetensorError) as error:
             raise RunError(
                 f"memory {path} cannot be used ({error}); give one that this model saved"
             ) from error
-        self._next, self.num_tokens = following, int(said["num_tokens"])
+        self._next, self._rows, self._read = following, rows, read
         return self
 
-    def _ids(self, tokens: str | Sequence[int] | Tensor) -> Tensor:
-        """``[B, T]`` on the device."""
+    def _ids(self, tokens: Given | Sequence[Given] | Tensor) -> tuple[Tensor, Tensor]:
+        """``[B, T]`` on the device, and the lengths ``[B]``."""
+        several = isinstance(tokens, Tensor) and tokens.dim() == 2
+        several |= not isinstance(tokens, str | Tensor) and any(not isinstance(part, int) for part in tokens)
+        rows = [self._row(part) for part in (tokens if several else [tokens])]  # type: ignore[arg-type]
+        if len(rows) != len(self._next):
+            raise ConfigError(
+                f"{len(rows)} sequences were given to a session of {len(self._next)}; give as many"
+            )
+        lengths = torch.tensor([len(row) for row in rows], device=self.device)
+        return torch.nn.utils.rnn.pad_sequence(rows, batch_first=True), lengths
+
+    def _row(self, tokens: Given | Tensor) -> Tensor:
         if isinstance(tokens, str):
             if self.tokenizer is None:
                 raise ConfigError(f"task.name={self.config.task.name} is no text; give ids")
-            tokens = self.tokenizer.encode(tokens.encode()).tolist()
+            tokens = torch.from_numpy(self.tokenizer.encode(tokens.encode()))
         ids = torch.as_tensor(tokens, dtype=torch.long, device=self.device)
-        ids = ids[None] if ids.dim() == 1 else ids
-        if len(ids) != len(self._next):
-            raise ConfigError(
-                f"{len(ids)} sequences were given to a session of {len(self._next)}; give as many"
-            )
         vocab_size = self.model.head.out_features
         if ids.numel() and not 0 <= int(ids.min()) <= int(ids.max()) < vocab_size:
             raise ConfigError(f"an id is not in 0..{vocab_size - 1}, which is all that the model knows")

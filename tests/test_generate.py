@@ -127,6 +127,22 @@ def test_several_sequences_are_read_side_by_side(run: Path) -> None:
     assert [len(ids) for ids in together.generate(4)] == [3] * 4
 
 
+def test_sequences_of_different_lengths_are_what_each_is_alone(run: Path, tmp_path: Path) -> None:
+    texts, more = [PROMPT, "a", "one, two, three"], ["x", PROMPT, ""]
+    together = Session(run, num_sequences=3)
+    first = together.feed(texts)
+    together.save(tmp_path / "memory")
+    together = Session(run, num_sequences=3).load(tmp_path / "memory")
+    second = together.feed(more)
+    written = [ids.tolist() for ids in together.generate(10)]
+    for row in range(3):
+        alone = Session(run)
+        for logits, text in ((first, texts[row]), (second, more[row])):
+            torch.testing.assert_close(logits[row, : len(text)], alone.feed(text)[0], rtol=1e-5, atol=1e-5)
+        assert [ids[row] for ids in written] == [int(ids[0]) for ids in alone.generate(10)]
+    assert together.num_tokens == len(PROMPT) + 11
+
+
 def test_greedy_writing_is_reading_what_is_most_likely(run: Path) -> None:
     session, by_hand = Session(run), Session(run)
     session.feed(PROMPT)
@@ -203,7 +219,7 @@ def test_what_a_session_refuses(run: Path, tmp_path: Path) -> None:
     for wrong, sentence in (([257], "an id is not in 0..256"), ([[1], [2]], "2 sequences were given")):
         with pytest.raises(ConfigError, match=sentence):
             session.feed(wrong)
-    with pytest.raises(ConfigError, match="nothing was read yet"):
+    with pytest.raises(ConfigError, match="has read nothing yet"):
         next(session.generate(1))
     with pytest.raises(ConfigError, match="holds no checkpoint"):
         Session(tmp_path)

@@ -75,7 +75,7 @@ def read(model: SleepModel, session: Session, ids: Tensor) -> tuple[Tensor, Sess
     ValueError for more."""
     if ids.shape[1] > room_tokens(model, session):
         raise ValueError(f"{ids.shape[1]} tokens do not fit into the open window; sleep first")
-    h, session = _read(model, session, ids)
+    h, session = read_on(model, session, ids)
     return model.logits(h), session
 
 
@@ -156,10 +156,12 @@ def _open(model: SleepModel, start: State, hidden: Tensor) -> Session:
     return Session(start, Passes.opening(start).begin(1, awake=True), hidden)
 
 
-def _read(model: SleepModel, session: Session, ids: Tensor) -> tuple[Tensor, Session]:
-    """Pass 1 over some tokens of the open window; the h that the core leaves is kept for the passes of
-    sleep."""
-    tokens = model.tokens(ids, valid=None, start=session.position_tokens)
+def read_on(
+    model: SleepModel, session: Session, ids: Tensor, valid: Tensor | None = None, start: Tensor | None = None
+) -> tuple[Tensor, Session]:
+    """Pass 1 over some tokens of the open window, whose first has the place ``start`` ``[B, 1]`` in it (None:
+    the next one); the h that the core leaves is kept for the passes of sleep. Returns h ``[B, T, D]``."""
+    tokens = model.tokens(ids, valid, start=session.position_tokens if start is None else start)
     length = model.sleep.window_tokens or sys.maxsize
     tokens = tokens._replace(window_tokens=length, keeps_cache=True, keeps_tail=True)
     h, state, hidden = model.embed(ids), session.state, session.hidden

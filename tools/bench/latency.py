@@ -144,7 +144,7 @@ def report_sleep(setup: Setup, rounds: int, judged: bool) -> None:
 
     def forward() -> None:
         with torch.no_grad():
-            session._read(model, before, ids)
+            session.read_on(model, before, ids)
 
     calls: dict[int, Callable[[], object]] = {0: forward}
     for n in setup.num_passes[1:]:
