@@ -105,9 +105,9 @@ def run(settings: GenerateConfig) -> None:
         session.load(settings.load)
     prompt = sys.stdin.read() if settings.prompt == "-" else settings.prompt
     if prompt:
-        session.feed(prompt)
+        session.read(prompt)
     if settings.ids:
-        session.feed(settings.ids)
+        session.read(settings.ids)
     for piece in _written(session, settings):
         print(piece, end="", flush=True)
     if settings.max_tokens:

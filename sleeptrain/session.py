@@ -3,7 +3,7 @@
 from sleeptrain import Session
 
 session = Session("runs/text", num_passes=4)       # a run folder, or one checkpoint
-session.feed("It was a dark and stormy night")
+session.read("It was a dark and stormy night")
 print(session.text(max_tokens=100, temperature=0.8, seed=1))
 session.save("memory.safetensors")                 # what it remembers outlives the process
 Session("runs/text").load("memory.safetensors")
@@ -80,33 +80,47 @@ class Session:
         """Read so far, by the sequence that read most."""
         return int(self._read.max())
 
+    def read(self, tokens: Given | Sequence[Given] | Tensor, num_passes: int | None = None) -> None:
+        """Reads a text or ids; for several sequences a list of such, or ids ``[B, T]``. However much that is,
+        it takes no more memory than a window. Raises ConfigError for a text where the model has no tokenizer,
+        and for ids that it does not know."""
+        for _ in self._pieces(*self._ids(tokens), num_passes):
+            pass
+
     def feed(self, tokens: Given | Sequence[Given] | Tensor, num_passes: int | None = None) -> Tensor:
-        """Reads a text or ids; for several sequences a list of such, or ids ``[B, T]``. Returns logits
-        ``[B, T, V]``, zeros after the end of shorter ones. Raises ConfigError for a text where the model has
-        no tokenizer, and for ids that it does not know."""
-        ids, left = self._ids(tokens)
+        """The same, and returns all logits ``[B, T, V]``, zeros after the end of shorter sequences."""
+        ids, lengths = self._ids(tokens)
         logits = self._next.new_zeros(*ids.shape, self._next.shape[1])
+        for begun, counts, piece in self._pieces(ids, lengths, num_passes):
+            for row, (start, count) in enumerate(zip(begun, counts)):
+                logits[row, start : start + count] = piece[row, :count]
+        return logits
+
+    def _pieces(
+        self, ids: Tensor, left: Tensor, num_passes: int | None
+    ) -> Iterator[tuple[list[int], list[int], Tensor]]:
+        """Reads until a window is full, sleeps, and goes on: where each row's piece begins, how long it is,
+        and the logits of all."""
         begun = torch.zeros_like(left)
         while left.any():
             take = torch.minimum(left, ragged.room_tokens(self.model, self._rows))
-            places = (begun[:, None] + torch.arange(int(take.max()), device=self.device)).clamp_max(
-                ids.shape[1] - 1
-            )
+            places = begun[:, None] + torch.arange(int(take.max()), device=self.device)
+            part = ids.gather(1, places.clamp_max(ids.shape[1] - 1))
             with self._backend.autocast():
-                more, self._rows = ragged.read(self.model, self._rows, ids.gather(1, places), take)
-            for row, (start, count) in enumerate(zip(begun.tolist(), take.tolist())):
-                if count:
-                    logits[row, start : start + count] = more[row, :count]
-                    self._next[row] = more[row, count - 1]
-            begun, left, self._read = begun + take, left - take, self._read + take
+                piece, self._rows = ragged.read(self.model, self._rows, part, take)
+            newest = piece[torch.arange(len(take)), take - 1]
+            self._next = torch.where((take > 0)[:, None], newest, self._next)
+            self._read = self._read + take
+            yield begun.tolist(), take.tolist(), piece
+            begun, left = begun + take, left - take
             full = ragged.room_tokens(self.model, self._rows) == 0
             if full.any():
                 self._sleep(full, num_passes)
-        return logits
 
     def sleep(self, num_passes: int | None = None) -> None:
         """Passes 2..N over what is in the open windows, which is then forgotten but for what was written."""
-        self._sleep(self._rows.filled > 0, num_passes)
+        if self._rows.filled.any():
+            self._sleep(self._rows.filled > 0, num_passes)
 
     def _sleep(self, which: Tensor, num_passes: int | None) -> None:
         start, chosen = time.perf_counter(), num_passes or self.num_passes
@@ -128,7 +142,7 @@ class Session:
         end = self.model.head.out_features if self.tokenizer is None else len(self.tokenizer.bytes_per_id) - 1
         for _ in range(max_tokens):
             ids = choose(self._next, temperature, top_p, generator)
-            self.feed(ids[:, None])
+            self.read(ids[:, None])
             yield ids
             if bool((ids == end).all()):
                 return

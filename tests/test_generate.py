@@ -82,6 +82,8 @@ def test_it_sleeps_by_itself_and_says_so(run: Path) -> None:
     session.feed("abc")
     session.sleep()
     assert slept[-1].num_tokens == 35
+    session.sleep()  # there is nothing to sleep on
+    assert len(slept) == 5
 
 
 def test_it_sleeps_no_longer_than_its_memory_moves(run: Path) -> None:
@@ -112,7 +114,7 @@ def test_what_it_remembers_does_not_grow(tmp_path: Path, eviction: str) -> None:
     config = replace(TEXT, sleep=replace(TEXT.sleep, eviction=eviction))
     session, sizes = Session(saved(tmp_path / "run", config)), []
     for _ in range(3):
-        session.feed("x" * (4 * WINDOW))
+        session.read("x" * (4 * WINDOW))
         session.save(tmp_path / "memory")
         sizes.append((tmp_path / "memory").stat().st_size)
     assert max(sizes) - min(sizes) <= 16  # the count of tokens is part of it
@@ -139,6 +141,7 @@ def test_sequences_of_different_lengths_are_what_each_is_alone(run: Path, tmp_pa
         alone = Session(run)
         for logits, text in ((first, texts[row]), (second, more[row])):
             torch.testing.assert_close(logits[row, : len(text)], alone.feed(text)[0], rtol=1e-5, atol=1e-5)
+            assert not logits[row, len(text) :].any()
         assert [ids[row] for ids in written] == [int(ids[0]) for ids in alone.generate(10)]
     assert together.num_tokens == len(PROMPT) + 11
 
