@@ -37,7 +37,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory(prefix="ray", dir="/tmp") as name:  # Ray's sockets want a short path
         environment = start_ray(Path(name) / "ray")
         try:
-            for num_workers in sorted({max(1, NUM_CORES - 1), NUM_CORES}):
+            for num_workers in {NUM_CORES} if options.quick else sorted({max(1, NUM_CORES - 1), NUM_CORES}):
                 folder = Path(name) / f"of_{num_workers}"
                 compare(num_workers, folder, settings, environment, options.rounds, options.quick)
         finally:
