@@ -554,6 +554,10 @@ class ClusterConfig:
     )
     max_restarts: int = setting(3, "how often the processes are started again after a failure")
     resize_check_seconds: float = setting(60.0, "ray: look so often whether there is room to grow")
+    resources_wait_seconds: float = setting(
+        60.0,
+        "ray: how long a run waits at its start for nodes that are still to join or to be made",
+    )
     allow_unauthenticated: bool = setting(
         False, "ray: use a cluster that others on the network can reach without a token"
     )
@@ -566,7 +570,7 @@ class ClusterConfig:
         for name in ("num_workers", "min_workers"):
             if getattr(self, name) is not None:
                 _require_positive("cluster", self, (name,))
-        _require_in("cluster", self, ("max_restarts", "resize_check_seconds"), 0)
+        _require_in("cluster", self, ("max_restarts", "resize_check_seconds", "resources_wait_seconds"), 0)
         if self.num_workers is not None and self.kind not in ("local_procs", "ray"):
             raise ConfigError(
                 f"cluster.num_workers={self.num_workers} is not for cluster.kind={self.kind}, whose "

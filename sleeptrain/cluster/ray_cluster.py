@@ -5,14 +5,16 @@ import logging
 import os
 import socket
 import sys
+import time
 
 import ray
 from ray._private.authentication.authentication_utils import is_token_auth_enabled
+from ray.autoscaler.sdk import request_resources
 
 from sleeptrain.config import Config
 from sleeptrain.schema import ConfigError
 
-CONNECT_SECONDS = 10.0
+CONNECT_SECONDS, POLL_SECONDS = 10.0, 1.0
 
 
 def connect(config: Config, namespace: str) -> None:
@@ -52,16 +54,28 @@ def _refuse_open_cluster(config: Config) -> None:
 
 
 def check_resources(config: Config) -> bool:
-    """Whether workers get GPUs; raises ConfigError where the cluster has too few for all."""
-    there = ray.cluster_resources()
-    use_gpu = config.run.device == "cuda" or (config.run.device == "auto" and there.get("GPU", 0) > 0)
-    kind = "GPU" if use_gpu else "CPU"
-    asked = config.cluster.workers(config.parallel)
-    needed = config.cluster.min_workers or asked
-    if there.get(kind, 0) < needed:
-        setting = "min_workers" if config.cluster.min_workers else "num_workers"
-        raise ConfigError(
-            f"cluster.{setting}={needed} needs {needed} {kind}s, and the Ray cluster has "
-            f"{there.get(kind, 0):g}; add nodes or start fewer workers"
-        )
-    return use_gpu
+    """Whether workers get GPUs; waits for nodes that are to join, and raises ConfigError where the cluster
+    has too few for all even then."""
+    cluster = config.cluster
+    needed = cluster.min_workers or cluster.workers(config.parallel)
+    deadline, is_told = time.monotonic() + cluster.resources_wait_seconds, False
+    while True:
+        there = ray.cluster_resources()
+        use_gpu = config.run.device == "cuda" or (config.run.device == "auto" and there.get("GPU", 0) > 0)
+        kind = "GPU" if use_gpu else "CPU"
+        if there.get(kind, 0) >= needed:
+            if is_told:
+                request_resources(bundles=[])  # Ray Train asks for its own from here on
+            return use_gpu
+        if time.monotonic() > deadline:
+            setting = "min_workers" if cluster.min_workers else "num_workers"
+            raise ConfigError(
+                f"cluster.{setting}={needed} needs {needed} {kind}s, and the Ray cluster has "
+                f"{there.get(kind, 0):g}; add nodes or start fewer workers"
+            )
+        if not is_told:
+            # Where a cluster scales by itself, this makes it grow.
+            request_resources(bundles=[{kind: 1}] * needed)
+            print(f"waiting for {needed} {kind}s; the Ray cluster has {there.get(kind, 0):g}", flush=True)
+            is_told = True
+        time.sleep(POLL_SECONDS)

@@ -47,6 +47,7 @@ class Ray:
         self._temp = tempfile.TemporaryDirectory(prefix="ray", dir="/tmp")  # sockets want a short path
         ports = [f"--port={self.port}", f"--dashboard-port={self.dashboard_port}", "--include-dashboard=true"]
         self._start("--head", *ports, f"--temp-dir={self._temp.name}")
+        wait_for(lambda: listens(self.dashboard_port), 60)  # it comes after ray start has returned
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -122,6 +123,11 @@ def is_alive(pid: int) -> bool:
     with contextlib.suppress(psutil.Error):
         return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
     return False
+
+
+def listens(port: int) -> bool:
+    with socket.socket() as one:
+        return one.connect_ex(("127.0.0.1", port)) == 0
 
 
 def free_port() -> int:

@@ -170,7 +170,10 @@ def test_nothing_of_a_local_cluster_listens_beyond_loopback(ray: Ray) -> None:
             ("data.producer=ray", "data.shards=[set]"),
             "data.shards=set would lie in the working folder of a job",
         ),
-        (("cluster.num_workers=5",), "cluster.num_workers=5 needs 5 CPUs, and the Ray cluster has 2"),
+        (
+            ("cluster.num_workers=5", "cluster.resources_wait_seconds=0"),
+            "cluster.num_workers=5 needs 5 CPUs, and the Ray cluster has 2",
+        ),
     ],
 )
 def test_what_a_driver_refuses(ray: Ray, tmp_path: Path, settings: tuple[str, ...], sentence: str) -> None:

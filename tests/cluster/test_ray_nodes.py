@@ -73,12 +73,16 @@ def test_two_nodes_then_one_then_two_read_the_same_samples(ray: Ray, tmp_path: P
     assert orders(folder) == {step: expected[step] for step in orders(folder)}
 
 
-def test_a_cluster_that_strangers_could_use_is_refused(tmp_path: Path) -> None:
-    """R21: it listens on the network and asks for no token."""
-    with Ray(authenticated=False, on_loopback=False) as ray:
+def test_a_cluster_that_strangers_could_use_is_refused_unless_allowed(tmp_path: Path) -> None:
+    """R21: it listens on the network and asks for no token. If allowed, the run waits for a late node."""
+    with Ray(num_cpus=1, authenticated=False, on_loopback=False) as ray:
         job = ray.submit(f"run.dir={tmp_path}/run", *RUN)
         output, _ = job.communicate(timeout=PATIENCE_SECONDS)
         assert job.returncode != 0
         assert "asks nobody for a token" in output
-        allowed = ("cluster.allow_unauthenticated=true", "optim.num_steps=3")
-        finish(ray.submit(f"run.dir={tmp_path}/run", *RUN, *allowed))
+        allowed = ("cluster.allow_unauthenticated=true", "optim.num_steps=3", "cluster.num_workers=2")
+        job = ray.submit(f"run.dir={tmp_path}/run", *RUN, *allowed)
+        wait_for(ray.drivers, PATIENCE_SECONDS)
+        time.sleep(5)
+        ray.add_node(1)
+        assert "waiting for 2 CPUs; the Ray cluster has 1" in finish(job)
