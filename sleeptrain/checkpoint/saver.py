@@ -111,7 +111,11 @@ class Saver:
         except OSError as error:
             problem = error
         self.barrier()
-        return folder if self.rank == 0 else store.begun(self.checkpoints_dir, step), problem
+        if self.rank > 0:
+            folder = store.begun(self.checkpoints_dir, step)
+            if folder is None and store.is_given_up(self.checkpoints_dir, step):
+                problem = CheckpointError(GIVEN_UP)
+        return folder, problem
 
     def _finish(
         self, step: int, folder: Path, staged: dict[str, StagedGroup], texts: dict[str, bytes]

@@ -80,6 +80,11 @@ def begun(checkpoints_dir: Path, step: int) -> Path | None:
     return next(checkpoints_dir.glob(f"{TEMPORARY}{manifest.step_name(step)}_*"), None)
 
 
+def is_given_up(checkpoints_dir: Path, step: int) -> bool:
+    """Whether a save of this step failed before this process looked for it."""
+    return any(checkpoints_dir.glob(f"{FAILED}{manifest.step_name(step)}_*"))
+
+
 def commit(temporary: Path, target: Path) -> None:
     """Gives a finished folder its name, in the place of a checkpoint of the same step. Raises OSError.
 
