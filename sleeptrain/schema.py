@@ -18,6 +18,11 @@ class RunError(RuntimeError):
     """A run cannot go on; the message says why and what to do."""
 
 
+def reason_of(error: BaseException) -> str:
+    """A few words for an error of a library: what the system says, else its text, else its name."""
+    return getattr(error, "strerror", None) or str(error) or type(error).__name__
+
+
 def setting(default: Any, help_text: str) -> Any:
     """A dataclass field with a default and the sentence that ``--help`` prints for it."""
     return field(default=default, metadata={"help": help_text})

@@ -13,7 +13,7 @@ from pathlib import Path, PurePosixPath
 from sleeptrain.checkpoint import manifest, store
 from sleeptrain.checkpoint.manifest import FILE, FILE_NAME, CheckpointError
 from sleeptrain.checkpoint.reader import Checkpoint
-from sleeptrain.schema import ConfigError
+from sleeptrain.schema import ConfigError, reason_of
 
 
 class Bucket:
@@ -94,8 +94,7 @@ class Bucket:
         try:
             yield
         except Exception as error:  # every backend of fsspec has errors of its own
-            reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
             raise CheckpointError(
-                f"checkpoint.bucket={self.url} cannot be {what} ({reason}); when it can, the same command "
-                'goes on, without it checkpoint.bucket=""'
+                f"checkpoint.bucket={self.url} cannot be {what} ({reason_of(error)}); when it can, the "
+                'same command goes on, without it checkpoint.bucket=""'
             ) from error

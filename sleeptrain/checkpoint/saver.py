@@ -24,6 +24,7 @@ from sleeptrain.checkpoint.manifest import CheckpointError, Contents
 from sleeptrain.checkpoint.reader import DOCUMENT
 from sleeptrain.checkpoint.slices import Slice
 from sleeptrain.checkpoint.writer import HostMemory, StagedGroup, write_groups
+from sleeptrain.schema import reason_of
 
 WRITTEN, REASON = "written_{:05d}.json", "reason_{:05d}.txt"
 GIVEN_UP = "another process gave it up"
@@ -218,12 +219,11 @@ class Saver:
         return sentence
 
     def _sentence(self, step: int, error: Exception) -> str:
-        reason = getattr(error, "strerror", None) or str(error) or repr(error)
         where = f" in process {self.rank}" if self.world_size > 1 else ""
         remedy = "; free some space, or lower checkpoint.keep_last" if isinstance(error, OSError) else ""
         return (
-            f"saving {manifest.step_name(step)} in {self.checkpoints_dir} failed{where} ({reason}); "
-            f"the earlier checkpoints are intact{remedy}"
+            f"saving {manifest.step_name(step)} in {self.checkpoints_dir} failed{where} "
+            f"({reason_of(error)}); the earlier checkpoints are intact{remedy}"
         )
 
 

@@ -30,7 +30,7 @@ from sleeptrain.data.index import (
     parse_index,
 )
 from sleeptrain.data.shards import Bytes, Shard
-from sleeptrain.schema import ConfigError
+from sleeptrain.schema import ConfigError, reason_of
 
 CHUNK_BYTES = 2**20
 NUM_TRIES, FIRST_PAUSE_SECONDS = 4, 0.5
@@ -200,8 +200,7 @@ def _with_patience(url: str, read: Callable[[], Result]) -> Result:
                 raise
         except Exception as error:  # every backend of fsspec has errors of its own
             if not tries_left:
-                reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
-                raise ShardError(f"{url} cannot be read ({reason})") from error
+                raise ShardError(f"{url} cannot be read ({reason_of(error)})") from error
         time.sleep(pause_seconds)
         pause_seconds *= 2
     raise AssertionError("not reached")

@@ -19,7 +19,7 @@ from sleeptrain.data.fetch import join, read_verified
 from sleeptrain.data.index import FILE, MAKING, Index, ShardEntry, ShardError, parse_index
 from sleeptrain.data.shard_plan import Plan, Sample, describe
 from sleeptrain.data.shards import write_shard
-from sleeptrain.schema import ConfigError, RunError, flatten
+from sleeptrain.schema import ConfigError, RunError, flatten, reason_of
 
 PLAN = f"{MAKING}/plan.json"
 
@@ -62,9 +62,8 @@ class Folder:
         try:
             yield
         except Exception as error:  # every backend of fsspec has errors of its own
-            reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
             raise RunError(
-                f"{self.url} cannot {what} ({reason}); when it can, the same command goes on"
+                f"{self.url} cannot {what} ({reason_of(error)}); when it can, the same command goes on"
             ) from error
 
 
