@@ -7,6 +7,7 @@ and the remedy.
 Over 400 lines because a user finds every setting here, each with its sentence.
 """
 
+import math
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -271,6 +272,55 @@ class DepoConfig:
             )
 
 
+_LEAST_CONTENTS = 1000  # so that each split, by a hash of the content, all but surely has some
+
+
+@dataclass(frozen=True)
+class RecallConfig:
+    """Recall the value of a key that was read and evicted, up to many windows ago."""
+
+    name: Literal["recall"] = setting("recall", "the task")
+    num_windows: int = setting(8, "windows of context; an answer lies 1 to this many windows back")
+    pairs_per_window: int = setting(2, "pairs of a key and its value in each; set sleep.window_tokens to 2x")
+    num_keys: int = setting(32, "different keys; those of an example are distinct")
+    num_values: int = setting(16, "different values; chance is 1 in this many")
+    num_queries: int = setting(4, "keys asked for in the last window")
+
+    @property
+    def num_pairs(self) -> int:
+        return self.num_windows * self.pairs_per_window
+
+    @property
+    def context_tokens(self) -> int:
+        return 2 * self.num_pairs
+
+    @property
+    def sequence_tokens(self) -> int:
+        return self.context_tokens + self.num_queries
+
+    def __post_init__(self) -> None:
+        _require_positive("task", self, ("num_windows", "pairs_per_window", "num_queries"))
+        if self.num_values < 2:
+            raise ConfigError(f"task.num_values={self.num_values} leaves nothing to recall; use 2 or more")
+        if self.num_keys < self.num_pairs:
+            raise ConfigError(
+                f"task.num_keys={self.num_keys} is too few for the {self.num_pairs} distinct keys of "
+                f"task.num_windows={self.num_windows} and task.pairs_per_window={self.pairs_per_window}; "
+                f"use task.num_keys={self.num_pairs} or more"
+            )
+        if self.num_queries > self.num_pairs:
+            raise ConfigError(
+                f"task.num_queries={self.num_queries} exceeds the {self.num_pairs} pairs of an example, each "
+                f"asked for once; use task.num_queries={self.num_pairs} or fewer"
+            )
+        num_contents = math.comb(self.num_keys, self.num_pairs) * self.num_values**self.num_pairs
+        if num_contents < _LEAST_CONTENTS:
+            raise ConfigError(
+                f"task.num_keys={self.num_keys} and task.num_values={self.num_values} make {num_contents} "
+                f"different examples, too few to hold some out; raise one of them to reach {_LEAST_CONTENTS}"
+            )
+
+
 @dataclass(frozen=True)
 class TextConfig:
     """Next-token prediction over a folder of text files."""
@@ -288,7 +338,7 @@ class TextConfig:
             )
 
 
-TaskConfig = Rule110Config | DepoConfig | TextConfig
+TaskConfig = Rule110Config | DepoConfig | RecallConfig | TextConfig
 
 
 @dataclass(frozen=True)

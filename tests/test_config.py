@@ -95,6 +95,23 @@ def nested(flat: dict[str, Any]) -> dict[str, Any]:
         ({"task.name": "rule110", "task.rule_number": 256}, ["task.rule_number=256"]),
         ({"task.name": "depo", "task.max_nodes": 2}, ["task.max_nodes=2"]),
         ({"task.name": "depo", "task.vocab_words": 5}, ["task.vocab_words=5", "task.max_nodes=75"]),
+        (
+            {"task.name": "recall", "task.num_keys": 15},
+            ["task.num_keys=15 ", "task.num_windows=8", "task.pairs_per_window=2", "task.num_keys=16"],
+        ),
+        ({"task.name": "recall", "task.num_queries": 17}, ["task.num_queries=17", "task.num_queries=16"]),
+        ({"task.name": "recall", "task.num_values": 1}, ["task.num_values=1", "2 or more"]),
+        ({"task.name": "recall", "task.pairs_per_window": 0}, ["task.pairs_per_window=0"]),
+        (
+            {
+                "task.name": "recall",
+                "task.num_windows": 1,
+                "task.num_keys": 8,
+                "task.num_values": 5,
+                "task.num_queries": 1,
+            },
+            ["task.num_keys=8", "task.num_values=5", "700 different", "1000"],
+        ),
         ({"task.name": "text", "task.sequence_tokens": 1}, ["task.sequence_tokens=1"]),
         ({"checkpoint.keep_last": 0}, ["checkpoint.keep_last=0"]),
         ({"log.every_steps": 0}, ["log.every_steps=0"]),

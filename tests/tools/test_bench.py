@@ -83,8 +83,8 @@ def test_latency_times_tokens_awake_and_sleeps() -> None:
 
 def test_tasks_compares_every_task_with_its_model():
     output = quick("tasks")
-    rows = re.findall(r"^(rule110|depo|text) .*  \d+\.\d{3} \(cpu \d+\.\d{3}\)$", output, re.MULTILINE)
-    assert rows == ["rule110", "rule110", "depo", "text"]
+    rows = re.findall(r"^(rule110|depo|recall|text) .*  \d+\.\d{3} \(cpu \d+\.\d{3}\)$", output, re.MULTILINE)
+    assert rows == ["rule110", "rule110", "depo", "recall", "text"]
 
 
 def test_shards_finds_the_same_samples_on_all_sides():

@@ -15,6 +15,7 @@ from sleeptrain.config import (
     DataConfig,
     DepoConfig,
     ModelConfig,
+    RecallConfig,
     Rule110Config,
     RunConfig,
     SleepConfig,
@@ -42,6 +43,12 @@ SETUPS = {
         model=SMALL,
         task=DepoConfig(),
         sleep=SleepConfig(window_tokens=75),
+        data=DataConfig(batch_sequences=16),
+    ),
+    "recall 64 windows": Config(
+        run=RUN,
+        task=RecallConfig(num_windows=64, num_keys=128),
+        sleep=SleepConfig(window_tokens=4),
         data=DataConfig(batch_sequences=16),
     ),
     "text stdlib, small model": Config(
