@@ -15,11 +15,6 @@ from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
-from megatron.core.enums import ModelType
-from megatron.core.pipeline_parallel import schedules
-from megatron.core.pipeline_parallel.p2p_communication import P2PCommunicator
-from megatron.core.process_groups_config import ProcessGroupCollection
-from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
 
 from sleeptrain.data.batch import Batch
@@ -28,6 +23,13 @@ from sleeptrain.model.state import State, map_tensors
 from sleeptrain.model.visits import plan
 from sleeptrain.model.window_state import Passes
 from sleeptrain.parallel.cpu_compat import cuda_means_cpu
+from sleeptrain.parallel.mcore import (
+    ModelType,
+    P2PCommunicator,
+    ProcessGroupCollection,
+    TransformerConfig,
+    schedules,
+)
 from sleeptrain.parallel.topology import Topology
 
 

@@ -10,13 +10,13 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from megatron.core import ModelParallelConfig
-from megatron.core import tensor_parallel as mcore
 from torch import Tensor, nn
 
 from sleeptrain.model.fast_weight import FastWeight
 from sleeptrain.model.layers import Float32Linear, RMSNorm
 from sleeptrain.model.sleep import CrossEntropy, SleepModel
+from sleeptrain.parallel.mcore import ModelParallelConfig
+from sleeptrain.parallel.mcore import tensor_parallel as mcore
 from sleeptrain.parallel.topology import Group
 
 

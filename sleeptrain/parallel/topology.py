@@ -102,7 +102,7 @@ class Topology:
 def join(config: ParallelConfig, device: torch.device, timeout_seconds: float = 600) -> Topology:
     """Meets the other processes and forms the groups; raises ConfigError when the degrees do not fit their
     number. Once per process."""
-    from megatron.core import parallel_state
+    from sleeptrain.parallel.mcore import parallel_state
 
     os.environ.setdefault("LOCAL_RANK", "0")  # DeepSpeed insists on it
     if not dist.is_initialized():
@@ -181,7 +181,7 @@ def _over_gloo(group: Group, host: Group, timeout_seconds: float) -> Group:
 
 def leave() -> None:
     """Gives the groups back at the end of a run."""
-    from megatron.core import parallel_state
+    from sleeptrain.parallel.mcore import parallel_state
 
     dist.barrier()
     parallel_state.destroy_model_parallel()
