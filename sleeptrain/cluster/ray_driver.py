@@ -10,7 +10,6 @@ import secrets
 import sys
 import threading
 import time
-from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -20,21 +19,30 @@ from sleeptrain.engine.resilience import StopSignal
 from sleeptrain.schema import ConfigError, RunError, to_dict
 
 os.environ.setdefault("RAY_CHDIR_TO_TRIAL_DIR", "0")  # workers stay in the folder of the job
+os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")  # a process more, and nobody asks it
 
 import ray
 import ray.train
-from ray.train.backend import Backend, BackendConfig
-from ray.train.torch import TorchConfig, TorchTrainer
+from ray.train.v2._internal.callbacks import DatasetsCallback
+from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer  # TorchTrainer would import torch
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from sleeptrain.cluster import ray_worker
 from sleeptrain.cluster.ray_cluster import check_resources, connect
 from sleeptrain.cluster.ray_job import JobMetadata
 from sleeptrain.cluster.ray_producers import Producers
+from sleeptrain.cluster.ray_rendezvous import Rendezvous
 
 NAMESPACE = "sleeptrain"
 POLL_SECONDS = 1.0
 PREVIOUS_SECONDS = 60.0  # for what is left of a driver that was killed to end
+
+
+class Trainer(DataParallelTrainer):
+    """Without the actor that hands out data of Ray Data, which a run never asks."""
+
+    def _create_default_callbacks(self) -> list[Any]:
+        return [one for one in super()._create_default_callbacks() if not isinstance(one, DatasetsCallback)]
 
 
 def drive(config: Config, frozen_config: str) -> int:
@@ -62,7 +70,7 @@ def drive(config: Config, frozen_config: str) -> int:
     return outcome.code
 
 
-def follow(trainer: TorchTrainer, control: Any, producers: Producers | None) -> BaseException | None:
+def follow(trainer: Trainer, control: Any, producers: Producers | None) -> BaseException | None:
     """Runs the training to its end, keeps the producers ahead of it and hands a signal to stop on to it; what
     Ray raised, if anything."""
     errors: list[BaseException] = []
@@ -138,13 +146,13 @@ def claim(folder: Path) -> Any:
             time.sleep(POLL_SECONDS)
 
 
-def make_trainer(config: Config, folder: Path, settings: dict[str, str], use_gpu: bool) -> TorchTrainer:
+def make_trainer(config: Config, folder: Path, settings: dict[str, str], use_gpu: bool) -> Trainer:
     """One worker per process of the run; all are started again when one fails."""
     cluster, most = config.cluster, config.cluster.workers(config.parallel)
-    return TorchTrainer(
+    return Trainer(
         ray_worker.supervise,
         train_loop_config=settings,
-        torch_config=Rendezvous(backend="gloo"),
+        backend_config=Rendezvous(),
         scaling_config=ray.train.ScalingConfig(  # mypy knows that of Ray Train 1
             num_workers=(cluster.min_workers, most) if cluster.min_workers else most,  # type: ignore
             elastic_resize_monitor_interval_s=cluster.resize_check_seconds,
@@ -157,29 +165,3 @@ def make_trainer(config: Config, folder: Path, settings: dict[str, str], use_gpu
             failure_config=ray.train.FailureConfig(max_failures=cluster.max_restarts),
         ),
     )
-
-
-class Rendezvous(TorchConfig):
-    """Tells all workers where rank 0 is. The processes that train form the group, not the workers."""
-
-    @property
-    def backend_cls(self) -> type[Backend]:
-        return _Rendezvous
-
-    @property
-    def train_func_context(self) -> Any:
-        return nullcontext
-
-
-class _Rendezvous(Backend):
-    share_cuda_visible_devices = True  # of a node, so that LOCAL_RANK counts them
-
-    def on_start(self, worker_group: Any, backend_config: BackendConfig) -> None:
-        from ray.train._internal.utils import get_address_and_port
-
-        address, port = worker_group.execute_single(0, get_address_and_port)
-        worker_group.execute(_set_master, address, str(port))
-
-
-def _set_master(address: str, port: str) -> None:
-    os.environ |= {"MASTER_ADDR": address, "MASTER_PORT": port}

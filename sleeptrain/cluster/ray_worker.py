@@ -19,9 +19,8 @@ import ray
 import ray.train
 
 from sleeptrain.config import Config
-from sleeptrain.engine.metrics import FILE_NAME
-from sleeptrain.engine.resilience import EXIT_CONFIG, EXIT_REQUEUE
-from sleeptrain.parallel.check import check_rows
+from sleeptrain.engine.resilience import EXIT_CONFIG, EXIT_REQUEUE, METRICS_FILE
+from sleeptrain.parallel.rows import check_rows
 from sleeptrain.schema import ConfigError, RunError, from_dict
 
 POLL_SECONDS = 0.2  # for the end of the process, which costs next to nothing
@@ -125,7 +124,7 @@ class TrainingProcess:
                 if time.monotonic() < beaten + BEAT_SECONDS:
                     continue
                 beaten = time.monotonic()
-                row = newest_row(Path(config.run.dir) / FILE_NAME) if config else None
+                row = newest_row(Path(config.run.dir) / METRICS_FILE) if config else None
                 order = ray.get(control.beat.remote(attempt, row))
                 if order == "end":
                     self._process.kill()
@@ -139,7 +138,7 @@ class TrainingProcess:
         self._relay.join(POLL_SECONDS)
         if self._process.returncode < 0:
             self.sentence = f"killed by {signal.Signals(-self._process.returncode).name}"
-        if config and (row := newest_row(Path(config.run.dir) / FILE_NAME)):
+        if config and (row := newest_row(Path(config.run.dir) / METRICS_FILE)):
             ray.get(control.beat.remote(attempt, row))
         return self._process.returncode, self.sentence
 

@@ -15,6 +15,7 @@ from sleeptrain.schema import ConfigError
 
 EXIT_CONFIG = 2  # a setting or an input is wrong: trying again cannot help
 EXIT_REQUEUE = 75  # EX_TEMPFAIL of sysexits.h: stopped by a signal, saved; the SLURM scripts requeue on it
+METRICS_FILE = "metrics.jsonl"  # in a run folder
 
 
 class RunLockedError(ConfigError):

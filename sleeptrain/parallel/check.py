@@ -1,7 +1,9 @@
 """Whether a run can be spread as asked: all checks of degrees, before anything expensive starts."""
 
 from sleeptrain.config import Config
-from sleeptrain.parallel.layout import blocks_of_stage, check_tensor_size, micro_batch_of
+from sleeptrain.parallel.layout import blocks_of_stage, check_tensor_size
+from sleeptrain.parallel.rows import check_rows
+from sleeptrain.parallel.rows import micro_batch_of as micro_batch_of
 from sleeptrain.parallel.topology import check_world
 from sleeptrain.schema import ConfigError
 
@@ -17,35 +19,6 @@ def check_degrees(config: Config, vocab_size: int, sequence_tokens: int, world_s
     if parallel.sequence_parallel:
         _check_windows(config, sequence_tokens)
     return replicas
-
-
-def check_rows(config: Config, replicas: int) -> None:
-    """Raises ConfigError where a batch cannot be shared out among so many replicas."""
-    batch, stages = config.data.batch_sequences, config.parallel.pipeline_size
-    if batch % replicas:
-        raise ConfigError(
-            f"data.batch_sequences={batch} does not divide among {replicas} data-parallel replicas; choose a "
-            f"multiple of {replicas}"
-        )
-    rows = batch // replicas
-    if config.data.micro_batch_sequences is None and rows % stages:
-        raise ConfigError(
-            f"parallel.pipeline_size={stages} needs a multiple of {stages} rows in each of {replicas} "
-            f"replicas, and data.batch_sequences={batch} gives it {rows}; choose a multiple of "
-            f"{stages * replicas}"
-        )
-    micro = micro_batch_of(config, rows)
-    if rows % micro:
-        raise ConfigError(
-            f"data.micro_batch_sequences={config.data.micro_batch_sequences} does not divide the {rows} rows "
-            f"of each of {replicas} replicas; choose a divisor of {rows}"
-        )
-    if (rows // micro) % stages:
-        raise ConfigError(
-            f"parallel.pipeline_size={stages} needs a multiple of {stages} microbatches and has "
-            f"{rows // micro} ({rows} rows by data.micro_batch_sequences={micro}); lower "
-            "data.micro_batch_sequences or leave it out"
-        )
 
 
 def _check_windows(config: Config, sequence_tokens: int) -> None:

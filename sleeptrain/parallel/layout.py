@@ -19,6 +19,7 @@ from sleeptrain.model.flops import FLOAT32_BYTES, activation_bytes
 from sleeptrain.model.sleep import SleepModel
 from sleeptrain.model.visits import Segment, Visit, Window, plan, segments_of
 from sleeptrain.optim.optimizer import is_muon, takes_decay
+from sleeptrain.parallel.rows import micro_batch_of
 from sleeptrain.schema import ConfigError
 
 GATHERED_ELEMENTS = 1_000_000_000  # what ZeRO 3 leaves gathered
@@ -273,12 +274,6 @@ def _update_bytes(config: Config, shares: Sequence[Share], replicas: int) -> int
         return FLOAT32_BYTES * max(whole if replicas > 1 else 0, muon)
     part = whole // replicas
     return FLOAT32_BYTES * (part + max(bucket_elements(whole) if stage < 3 else 0, muon))
-
-
-def micro_batch_of(config: Config, rows: int) -> int:
-    """Rows of one forward/backward of a replica that has ``rows``: as set, else as many as fill the
-    pipeline once."""
-    return config.data.micro_batch_sequences or rows // config.parallel.pipeline_size
 
 
 def live_bytes(
