@@ -8,7 +8,7 @@ export PATH := $(CURDIR)/.venv/bin:$(PATH)
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help venv lint test test-more soak pretrain bench
+.PHONY: help venv lint test test-more soak pretrain study bench
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' Makefile
@@ -36,6 +36,9 @@ soak: .venv/.stamp  ## effective training time under 20 kills (an hour), then mo
 
 pretrain: .venv/.stamp  ## train the quickstart experiment in runs/
 	python -m sleeptrain.pretrain experiment=quickstart $(ARGS)
+
+study: .venv/.stamp  ## accuracy over N at equal tokens, FLOPs and time, with its report; under 20 minutes on 2 cores
+	python -m sleeptrain.study study=rule110_n study.scale=cpu_minutes $(ARGS)
 
 bench: .venv/.stamp-bench  ## measure against the peers, one figure per file of tools/bench
 	@for file in $(filter-out %/measure.py %/goodput.py, $(wildcard tools/bench/*.py)); do echo "python $$file"; python $$file || exit; done

@@ -138,7 +138,7 @@ def run(settings: EvaluateConfig, task_changes: dict[str, Any]) -> Path:
         "task": to_dict(config.task),
         "trained_num_passes": config.sleep.num_passes,
         "marks": marks,
-        "results": [r._asdict() for r in results],
+        "results": [r.summary() for r in results],
     }
     replace_file(path, json.dumps(document, indent=2).encode())
     print(f"wrote {path}")

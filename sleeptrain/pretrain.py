@@ -89,11 +89,7 @@ def compose_config(arguments: list[str]) -> Config:
 
 def _check_names(arguments: list[str], settings: set[str]) -> None:
     """A sentence with the nearest name, where Hydra would print a page."""
-    groups = {
-        folder.name: sorted(p.stem for p in folder.glob("*.yaml"))
-        for folder in CONFIGS.iterdir()
-        if folder.is_dir()
-    }
+    groups = {folder.name: sorted(p.stem for p in folder.glob("*.yaml")) for folder in _groups()}
     of_tasks = {f"task.{field.name}" for task in get_args(TaskConfig) for field in fields(task)}
     has_experiment = any(argument.startswith("experiment=") for argument in arguments)
     for argument in arguments:
@@ -110,10 +106,15 @@ def _check_names(arguments: list[str], settings: set[str]) -> None:
             raise ConfigError(unknown("setting", key, settings | of_tasks | groups.keys()))
 
 
+def _groups() -> list[Path]:
+    """Folders of choices; those of studies are not for a single run."""
+    return sorted(path for path in CONFIGS.iterdir() if path.is_dir() and path.name != "study")
+
+
 def help_text() -> str:
     """Every group with its choices, every setting with its default and meaning."""
     lines = [USAGE, "choices (GROUP=NAME):"]
-    for folder in sorted(p for p in CONFIGS.iterdir() if p.is_dir()):
+    for folder in _groups():
         names = ", ".join(sorted(p.stem for p in folder.glob("*.yaml")))
         lines.append(
             textwrap.fill(names, 100, initial_indent=f"  {folder.name + '=':<14}", subsequent_indent=" " * 16)

@@ -4,7 +4,7 @@
 import difflib
 import types
 import typing
-from dataclasses import MISSING, field, fields, is_dataclass
+from dataclasses import MISSING, Field, field, fields, is_dataclass
 from typing import Any, Literal, TypeVar
 
 T = TypeVar("T")
@@ -25,6 +25,8 @@ def reason_of(error: BaseException) -> str:
 
 def setting(default: Any, help_text: str) -> Any:
     """A dataclass field with a default and the sentence that ``--help`` prints for it."""
+    if isinstance(default, dict):
+        return field(default_factory=lambda: dict(default), metadata={"help": help_text})
     return field(default=default, metadata={"help": help_text})
 
 
@@ -61,7 +63,9 @@ def to_dict(config: Any) -> dict[str, Any]:
         value = getattr(config, f.name)
         if is_dataclass(value):
             value = to_dict(value)
-        result[f.name] = list(value) if isinstance(value, tuple) else value
+        if isinstance(value, tuple):
+            value = [to_dict(item) if is_dataclass(item) else item for item in value]
+        result[f.name] = value
     return result
 
 
@@ -71,6 +75,22 @@ def flatten(nested: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     for key, value in nested.items():
         flat |= flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
     return flat
+
+
+def with_changes(config: T, changes: dict[str, Any]) -> T:
+    """The same with other values for ``{"section.key": value}``, checked again; raises ConfigError."""
+    nested = to_dict(config)
+    for key, value in changes.items():
+        *sections, name = key.split(".")
+        inside = nested
+        for section in sections:
+            inside = inside.get(section, {})
+            if not isinstance(inside, dict):
+                raise ConfigError(unknown("setting", key, flatten(to_dict(config))))
+        if name not in inside:
+            raise ConfigError(unknown("setting", key, flatten(to_dict(config))))
+        inside[name] = value
+    return from_dict(type(config), nested)
 
 
 def describe(cls: type, path: str = "") -> list[tuple[str, str, str]]:
@@ -85,9 +105,13 @@ def describe(cls: type, path: str = "") -> list[tuple[str, str, str]]:
             text = f.metadata["help"]
             choices = _literals(hints[f.name])
             rows.append(
-                (path + f.name, _show(f.default), f"{text} [{' | '.join(choices)}]" if choices else text)
+                (path + f.name, _show(_default(f)), f"{text} [{' | '.join(choices)}]" if choices else text)
             )
     return rows
+
+
+def _default(f: Field[Any]) -> Any:
+    return f.default if f.default_factory is MISSING else f.default_factory()
 
 
 def _show(value: Any) -> str:
@@ -108,6 +132,8 @@ def _literals(hint: Any) -> list[str]:
 
 def _convert(hint: Any, value: Any, path: str) -> Any:
     members = _members(hint)
+    if hint is Any:
+        return value
     if value is None:
         if type(None) in members:
             return None
@@ -120,12 +146,18 @@ def _convert(hint: Any, value: Any, path: str) -> Any:
         if value in typing.get_args(member):
             return value
         raise ConfigError(unknown(f"value of {path}:", value, map(str, typing.get_args(member))))
-    if typing.get_origin(member) is tuple:
+    if typing.get_origin(member) is dict:
+        if not isinstance(value, dict):
+            raise ConfigError(f"{path}={value!r} has no keys; write them below it, as in {path}.KEY: VALUE")
+        of_value = typing.get_args(member)[1]
+        return {str(k): _convert(of_value, v, f"{path}.{k}") for k, v in value.items()}
+    if typing.get_origin(member) in (tuple, list):
         if isinstance(value, int) and not isinstance(value, bool):
             value = [value]
         if not isinstance(value, (list, tuple)):
             raise ConfigError(f"{path}={value!r} is not a list; write {path}=[1,2]")
-        return tuple(_convert(typing.get_args(member)[0], item, path) for item in value)
+        converted = (_convert(typing.get_args(member)[0], item, path) for item in value)
+        return typing.get_origin(member)(converted)
     return _convert_scalar(member, value, path)
 
 

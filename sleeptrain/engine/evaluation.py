@@ -1,7 +1,7 @@
 """Held-out loss and accuracy by difficulty and by N."""
 
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -15,13 +15,19 @@ EVAL_SEED = 0  # the held-out examples are the same for every run, whatever its 
 class EvalResult(NamedTuple):
     """Means over ``num_examples`` examples of one difficulty, with N passes over each window slept on.
 
-    ``metrics`` holds ``loss`` (nats per target) and the task's own metrics.
+    ``metrics`` holds ``loss`` (nats per target) and the task's own metrics; ``scores`` the same of each
+    example, float64 ``[num_examples]``.
     """
 
     num_passes: int
     difficulty: int
     num_examples: int
     metrics: dict[str, float]
+    scores: dict[str, np.ndarray]
+
+    def summary(self) -> dict[str, Any]:
+        """All but the single examples, as plain values."""
+        return {name: value for name, value in self._asdict().items() if name != "scores"}
 
 
 class StoppedError(Exception):
@@ -61,11 +67,14 @@ def evaluate(
                 loss_sum += float(output.loss_sum)
                 num_targets += batch.num_targets
                 nll = output.nll.double().cpu().numpy()
-                for name, values in task.score(output.predictions.cpu().numpy(), nll, examples).items():
+                of_examples = {"loss": nll.sum(1) / np.maximum(1, examples.loss_mask.sum(1))}
+                of_examples |= task.score(output.predictions.cpu().numpy(), nll, examples)
+                for name, values in of_examples.items():
                     scores.setdefault(name, []).append(values)
-            metrics = {"loss": loss_sum / num_targets}
-            metrics |= {name: float(np.concatenate(values).mean()) for name, values in scores.items()}
-            results.append(EvalResult(n, difficulty, count, metrics))
+            joined = {name: np.concatenate(values) for name, values in scores.items()}
+            metrics = {name: float(values.mean()) for name, values in joined.items()}
+            metrics["loss"] = loss_sum / num_targets  # of all targets, however many an example has
+            results.append(EvalResult(n, difficulty, count, metrics, joined))
     return results
 
 

@@ -98,4 +98,8 @@ def peak_memory_gib(device: torch.device) -> float:
     """Peak memory of the device, or of the process on a CPU, since the start."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**30
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20  # Linux counts in KiB
+    status = Path("/proc/self/status")
+    if status.exists():  # getrusage would count the parent's peak before this program began, too
+        words = status.read_text().split()
+        return int(words[words.index("VmHWM:") + 1]) / 2**20  # KiB
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20

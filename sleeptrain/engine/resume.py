@@ -119,7 +119,7 @@ def _drift(found: Checkpoint, documents: dict[str, Any]) -> list[str]:
     lines: list[str] = []
     for name in documents.keys() & {"config", "data"}:
         changed = differences(found.documents.get(name, {}), documents[name])
-        lines += [line for line in changed if name == "data" or not _is_free(line.split(":")[0])]
+        lines += [line for line in changed if name == "data" or not is_free(line.split(":")[0])]
     return sorted(lines) + _versions_changed(found, documents, COMPUTING_PACKAGES)
 
 
@@ -130,5 +130,6 @@ def _versions_changed(found: Checkpoint, documents: dict[str, Any], names: tuple
     return differences(*({"versions": {name: side[name] for name in both}} for side in (saved, current)))
 
 
-def _is_free(setting: str) -> bool:
+def is_free(setting: str) -> bool:
+    """Whether it may change between two starts of a run."""
     return setting in FREE_SETTINGS or setting.startswith(FREE_SECTIONS)
