@@ -26,6 +26,7 @@ from sleeptrain.config import TextConfig
 from sleeptrain.engine.restored import restore
 from sleeptrain.model import ragged
 from sleeptrain.model import session as sessions
+from sleeptrain.model.halting import Stop
 from sleeptrain.model.visits import require_passes
 from sleeptrain.schema import ConfigError, RunError, to_dict
 from sleeptrain.tasks.text import make_tokenizer
@@ -65,7 +66,8 @@ class Session:
         self.config, self.model, self.device = found.config, found.backend.model, found.backend.device
         self.num_passes = num_passes or found.config.sleep.num_passes
         require_passes(self.num_passes, found.config.model)
-        self.tolerance = tolerance
+        self.stop = Stop(tolerance)
+        self.stop.check()
         task = found.config.task
         self.tokenizer = make_tokenizer(task) if isinstance(task, TextConfig) else None
         self.on_sleep = on_sleep
@@ -125,7 +127,7 @@ class Session:
     def _sleep(self, which: Tensor, num_passes: int | None) -> None:
         start, chosen = time.perf_counter(), num_passes or self.num_passes
         with self._backend.autocast():
-            self._rows, told = ragged.sleep(self.model, self._rows, which, chosen, self.tolerance)
+            self._rows, told = ragged.sleep(self.model, self._rows, which, chosen, self.stop)
         most = max((int(slept.passes.max()) for slept in told), default=1)
         self.on_sleep(Sleep(int(self._read[which].max()), most, time.perf_counter() - start))
 

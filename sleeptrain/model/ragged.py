@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from sleeptrain.model import session as sessions
+from sleeptrain.model.halting import Stop
 from sleeptrain.model.session import Session
 from sleeptrain.model.sleep import SleepModel
 from sleeptrain.model.state import BlockState, KVCache, map_tensors
@@ -61,7 +62,7 @@ def read(model: SleepModel, rows: Rows, ids: Tensor, lengths: Tensor) -> tuple[T
 
 @torch.no_grad()
 def sleep(
-    model: SleepModel, rows: Rows, which: Tensor, num_passes: int, tolerance: float = 0.0
+    model: SleepModel, rows: Rows, which: Tensor, num_passes: int, stop: Stop | None = None
 ) -> tuple[Rows, list[Slept]]:
     """Lets the rows that are chosen in ``which`` ``[B]`` sleep, those of equal length together."""
     told = []
@@ -69,7 +70,7 @@ def sleep(
         index = (which & (rows.filled == count)).nonzero()[:, 0]
         part = map_tensors(lambda tensor, index=index: tensor[index], rows.session)
         part = part._replace(hidden=part.hidden[:, part.hidden.shape[1] - count :])
-        slept, passes = sessions.sleep_until_settled(model, part, num_passes, tolerance)
+        slept, passes = sessions.sleep_until_settled(model, part, num_passes, stop)
         told.append(Slept(index, passes))
         rows = Rows(_put(rows.session, index, slept), rows.filled.index_fill(0, index, 0))
     most = int(rows.filled.max()) if len(rows.filled) else 0

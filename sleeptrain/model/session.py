@@ -14,8 +14,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from sleeptrain.model.halting import Halting, Stop
 from sleeptrain.model.sleep import SleepModel
-from sleeptrain.model.state import BlockState, KVCache, State, map_tensors
+from sleeptrain.model.state import BlockState, KVCache, State
 from sleeptrain.model.visits import require_passes, segments_of
 from sleeptrain.model.window_state import Passes
 
@@ -84,72 +85,44 @@ def sleep(model: SleepModel, session: Session, num_passes: int) -> Session:
 
     Raises ConfigError for N < 1.
     """
-    return sleep_until_settled(model, session, num_passes, tolerance=0.0)[0]
+    return sleep_until_settled(model, session, num_passes, stop=None)[0]
 
 
 @torch.no_grad()
 def sleep_until_settled(
-    model: SleepModel, session: Session, num_passes: int, tolerance: float
+    model: SleepModel, session: Session, num_passes: int, stop: Stop | None
 ) -> tuple[Session, Tensor]:
-    """The same, but a sequence makes no further pass once one has changed its fast weights by less than
-    ``tolerance``, relative to their norm over all looped blocks; ``num_passes`` is the most. Returns the
-    passes of each sequence ``[B]``, too, reading included. At tolerance 0 all make all of them."""
+    """The same, but a sequence makes no further pass once the rule says so; ``num_passes`` is the most.
+    Returns the passes of each sequence ``[B]``, too, reading included."""
     require_passes(num_passes, model.config)
-    used = torch.full((len(session.hidden),), 1, device=session.hidden.device)
-    if not session.position_tokens:
-        return session, used
-    ids = session.hidden.new_zeros(session.hidden.shape[:2], dtype=torch.long)
-    tokens = model.tokens(ids, valid=None)
     segments = segments_of(model.config)
     core = segments["core"]
+    halting = Halting(core, stop)
+    sleepers = halting.begin(session.hidden, valid=None)
+    if not session.position_tokens:
+        return session, sleepers.passes
+    ids = session.hidden.new_zeros(session.hidden.shape[:2], dtype=torch.long)
+    tokens = model.tokens(ids, valid=None)
     passes = Passes.opening(session.start)
     # Reading was pass 1. What the coda wrote awake is provisional where the coda runs once, after pass N.
     coda_again = "coda" in segments and model.sleep.schedule == "consolidate_or_predict"
     for name, blocks in segments.items():
         if not (name == "coda" and coda_again):
             passes = passes.record(blocks, session.state)
-    h, moves, left = session.hidden, torch.ones_like(used, dtype=torch.bool), session.state
+    h = session.hidden
     for n in range(2, num_passes + 1):
-        if not moves.any():
+        if not sleepers.moves.any():
             break
         before = passes.begin(n, awake=False)
         entering = model.final_norm(h) if model.sleep.norm_between_passes else h
-        arrived, after = model.stack(entering, before, tokens, core, is_read=n < num_passes or coda_again)
-        if tolerance > 0:
-            arrived, after = _where(
-                moves, (arrived, after[core.start : core.stop]), (h, left[core.start : core.stop])
-            )
-            after = (*before[: core.start], *after, *before[core.stop :])
-        used += moves
+        left, after = model.stack(entering, before, tokens, core, is_read=n < num_passes or coda_again)
+        h, after, sleepers = halting.go_on(sleepers, left, before, after, passes.latest)
         passes = passes.record(core, after)
-        if tolerance > 0:
-            moves = moves & (_change(before, after, core) >= tolerance)
-        h, left = arrived, after
     if coda_again:
         before = passes.begin(num_passes, awake=False)
         _, after = model.stack(h, before, tokens, segments["coda"], is_read=False)
         passes = passes.record(segments["coda"], after)
-    return _open(model, passes.end(tokens, model.sleep), session.hidden[:, :0]), used
-
-
-def _where(chosen: Tensor, new: Any, old: Any) -> Any:
-    """Of two trees of the same form, the rows of ``new`` that are ``chosen`` ``[B]``, the others of
-    ``old``."""
-    if bool(chosen.all()):
-        return new
-    return map_tensors(lambda a, b: torch.where(chosen.view(-1, *[1] * (a.dim() - 1)), a, b), new, old)
-
-
-def _change(before: State, after: State, blocks: range) -> Tensor:
-    """Of the fast weights of some blocks by a pass, relative to their norm ``[B]``."""
-    pairs = [(before[i].memory, after[i].memory) for i in blocks]
-    squares = [
-        ((new - old).flatten(1).square().sum(1), new.flatten(1).square().sum(1))
-        for old, new in pairs
-        if old is not None and new is not None
-    ]
-    change, norm = (torch.stack(column).sum(0).sqrt() for column in zip(*squares))
-    return change / norm.clamp_min(torch.finfo(norm.dtype).tiny)
+    return _open(model, passes.end(tokens, model.sleep), session.hidden[:, :0]), sleepers.passes
 
 
 def _open(model: SleepModel, start: State, hidden: Tensor) -> Session:

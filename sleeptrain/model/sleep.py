@@ -18,6 +18,7 @@ from torch.utils.checkpoint import checkpoint
 from sleeptrain.config import ModelConfig, SleepConfig
 from sleeptrain.memory import state_dtype
 from sleeptrain.model.dropout import Dropout, token_keys
+from sleeptrain.model.halting import Halting, Sleepers, Stop
 from sleeptrain.model.hybrid import HybridStack
 from sleeptrain.model.init import initialise
 from sleeptrain.model.layers import RMSNorm, rotary_table
@@ -49,13 +50,15 @@ class Output(NamedTuple):
     """Summed loss over the masked targets, in nats, and per token ``[B, T]`` the loss and the most likely id.
 
     ``state`` is what the planned visits left. They end with the last loss unless the batch is continued; to
-    go on reading use ``sleeptrain.model.session``.
+    go on reading use ``sleeptrain.model.session``. ``passes`` ``[B, windows slept on]``, with a stop rule: as
+    many as each sequence made, reading included; 0 where a window holds none of its tokens.
     """
 
     loss_sum: Tensor
     nll: Tensor
     predictions: Tensor
     state: State
+    passes: Tensor | None = None
 
 
 class PassTrace(NamedTuple):
@@ -128,15 +131,17 @@ class SleepModel(nn.Module):
         state: State | None = None,
         trace: list[PassTrace] | None = None,
         is_continued: bool = False,
+        stop: Stop | None = None,
     ) -> Output:
         """Walks the visits of a batch from ``state`` on; ``trace`` collects the norms of S of every pass that
-        writes it. ``is_continued``: the next batch starts from the state that this one leaves."""
-        walk = Walk(self, batch, num_passes, state, trace, is_continued)
+        writes it. ``is_continued``: the next batch starts from the state that this one leaves. ``stop``: a
+        sequence may make fewer than N passes; without gradients only, else ValueError."""
+        walk = Walk(self, batch, num_passes, state, trace, is_continued, stop)
         loss_sum, h = walk.nll.new_zeros(()), walk.nll  # the first visit reads the embeddings instead
         for index in range(len(walk.visits)):
             h, loss = walk.visit(index, h)
             loss_sum = loss_sum if loss is None else loss_sum + loss
-        return Output(loss_sum, walk.nll, walk.predictions, walk.carry.passes.start)
+        return Output(loss_sum, walk.nll, walk.predictions, walk.carry.passes.start, walk.passes_made)
 
     def logits(self, h_BTD: Tensor) -> Tensor:
         """Final norm and head, ``[B, T, V]`` in at least float32."""
@@ -168,11 +173,12 @@ class SleepModel(nn.Module):
 
 
 class Carry(NamedTuple):
-    """All that one visit leaves to the next: what the blocks hold, and what the core left to its next pass
-    where the coda comes in between."""
+    """All that one visit leaves to the next: what the blocks hold, what the core left to its next pass where
+    the coda comes in between, and which sequences go on where they may stop."""
 
     passes: Passes
     core_left: Tensor | None = None
+    sleepers: Sleepers | None = None
 
 
 class Walk:
@@ -180,7 +186,7 @@ class Walk:
 
     What lasts is ``carry`` alone, so that a schedule may take other batches in between, and cut the gradient
     there. ``nll`` and ``predictions`` ``[B, T]`` fill up where the head is held (``predictions`` without
-    gradients only).
+    gradients only), and ``passes_made`` ``[B, windows slept on]`` where there is a stop rule.
     """
 
     def __init__(
@@ -191,8 +197,11 @@ class Walk:
         state: State | None = None,
         trace: list[PassTrace] | None = None,
         is_continued: bool = False,
+        stop: Stop | None = None,
     ) -> None:
         require_passes(num_passes, model.config)
+        if stop is not None and torch.is_grad_enabled():
+            raise ValueError("a stop rule is for inference: call the model without gradients")
         self.model, self.batch, self.trace = model, batch, trace
         self.windows = model.windows(batch)
         self.visits = plan(self.windows, num_passes, model.config, model.sleep, is_continued)
@@ -200,6 +209,8 @@ class Walk:
         self.carry = Carry(Passes.opening(initial))
         self.nll = torch.zeros(batch.ids.shape, dtype=model.dtype, device=batch.ids.device)
         self.predictions = torch.zeros_like(batch.ids)
+        self.halting = None if stop is None else Halting(model.held["core"], stop)
+        self.passes_made = None if stop is None else batch.ids[:, :0]
 
     def visit(self, index: int, arrived: Tensor) -> tuple[Tensor, Tensor | None]:
         """One visit: ``arrived`` is what the visit before left, or the stage before; returns what this one
@@ -207,6 +218,13 @@ class Walk:
         visit = self.visits[index]
         if index == 0 or self.visits[index - 1].window != visit.window:
             self._open(visit.window)
+        left, loss = (arrived, None) if self._is_over(visit) else self._pass(index, arrived)
+        if index + 1 == len(self.visits) or self.visits[index + 1].window != visit.window:
+            self._close()
+        return left, loss
+
+    def _pass(self, index: int, arrived: Tensor) -> tuple[Tensor, Tensor | None]:
+        visit = self.visits[index]
         awake = self.predicts and visit.pass_number == 1
         if self._starts_gradient(visit):
             self.carry = self.carry._replace(passes=self.carry.passes.cut_gradient())
@@ -216,21 +234,39 @@ class Walk:
         learns = not visit.is_after_loss and (awake or visit.pass_number > self.num_cut)
         with torch.set_grad_enabled(torch.is_grad_enabled() and learns):
             left, after = self.model.run(h, before, tokens, visit)
-        held = self.model.held.get(visit.segment, range(0))
-        self.carry = self.carry._replace(passes=self.carry.passes.record(held, after))
         if self.trace is not None:
             self.trace += _norms(visit, before, after)
-        loss = self._loss(left) if visit.has_loss and self.model.holds_head else None
-        if index + 1 == len(self.visits) or self.visits[index + 1].window != visit.window:
-            self.carry = Carry(Passes.opening(self.carry.passes.end(self.tokens, self.model.sleep)))
-        return left, loss
+        if visit.segment == "core" and self.sleeps:
+            left, after = self._halt(visit, left, before, after)
+        held = self.model.held.get(visit.segment, range(0))
+        self.carry = self.carry._replace(passes=self.carry.passes.record(held, after))
+        return left, self._loss(left) if visit.has_loss and self.model.holds_head else None
+
+    def _halt(self, visit: Visit, left: Tensor, before: State, after: State) -> tuple[Tensor, State]:
+        """After a pass of the core over a window slept on: what it leaves, where some sequences had
+        stopped."""
+        if self.halting is None:
+            return left, after
+        sleepers, kept = self.carry.sleepers, self.carry.passes.latest
+        if sleepers is None:
+            sleepers = self.halting.begin(left, self.tokens.valid)
+        else:
+            left, after, sleepers = self.halting.go_on(sleepers, left, before, after, kept)
+        self.carry = self.carry._replace(sleepers=sleepers)
+        return left, after
+
+    def _is_over(self, visit: Visit) -> bool:
+        """Whether all sequences have stopped before this pass."""
+        sleepers = self.carry.sleepers
+        return visit.segment == "core" and sleepers is not None and not bool(sleepers.moves.any())
 
     def _open(self, window: int) -> None:
         self.span = slice(self.windows[window].start, self.windows[window].stop)
         here = [visit for visit in self.visits if visit.window == window]
         self.predicts = any(visit.has_loss for visit in here)
-        backprop = self.model.sleep.backprop_passes
-        self.num_cut = here[-1].pass_number - backprop if backprop else 0
+        backprop, num_passes = self.model.sleep.backprop_passes, here[-1].pass_number
+        self.num_cut = num_passes - backprop if backprop else 0
+        self.sleeps = num_passes > 1
         batch = self.batch
         valid = None if batch.valid is None else batch.valid[:, self.span]
         self.tokens = self.model.tokens(batch.ids[:, self.span], valid)
@@ -238,6 +274,11 @@ class Walk:
             initial = self.model.initial_state(len(batch.ids))
             start = reset(self.carry.passes.start, batch.reset_state[:, window], initial)
             self.carry = Carry(Passes.opening(start))
+
+    def _close(self) -> None:
+        if self.passes_made is not None and self.carry.sleepers is not None:
+            self.passes_made = torch.cat([self.passes_made, self.carry.sleepers.passes[:, None]], dim=1)
+        self.carry = Carry(Passes.opening(self.carry.passes.end(self.tokens, self.model.sleep)))
 
     def _dropout(self, index: int) -> Dropout | None:
         """That of this visit: in training, which is where the batch has keys."""

@@ -10,6 +10,7 @@ from torch import Tensor
 from sleeptrain.checkpoint.slices import Slice, whole
 from sleeptrain.config import Config
 from sleeptrain.data.batch import Batch
+from sleeptrain.model.halting import Stop
 from sleeptrain.model.sleep import Output, PassTrace, SleepModel
 from sleeptrain.optim.optimizer import MuonAdamW
 from sleeptrain.parallel.carried import Carried
@@ -44,7 +45,7 @@ class Backend(Protocol):
     def forward_backward(self, batch: Batch, num_passes: int, traced: bool = False) -> StepResult: ...
     def step(self, lr_factor: float, loss: Tensor, max_norm: float = math.inf) -> UpdateResult: ...
     def check_replicas(self) -> str | None: ...
-    def evaluate(self, batch: Batch, num_passes: int) -> Output: ...
+    def evaluate(self, batch: Batch, num_passes: int, stop: Stop | None = None) -> Output: ...
     def slices(self) -> dict[str, list[Slice]]: ...
     def load(self, checkpoint: "Checkpoint") -> None: ...
 
@@ -96,9 +97,9 @@ class LocalBackend:
         return None
 
     @torch.no_grad()
-    def evaluate(self, batch: Batch, num_passes: int) -> Output:
+    def evaluate(self, batch: Batch, num_passes: int, stop: Stop | None = None) -> Output:
         with self.autocast():
-            return self.model(batch.to(self.device), num_passes)
+            return self.model(batch.to(self.device), num_passes, stop=stop)
 
     def slices(self) -> dict[str, list[Slice]]:
         """What a checkpoint holds, ``model``, ``optimizer`` and what is carried: here every tensor as a

@@ -15,6 +15,7 @@ from sleeptrain.checkpoint.reader import Checkpoint
 from sleeptrain.checkpoint.slices import Slice
 from sleeptrain.config import Config
 from sleeptrain.data.batch import Batch
+from sleeptrain.model.halting import Stop
 from sleeptrain.model.sleep import Output, PassTrace
 from sleeptrain.parallel.backend import StepResult, UpdateResult, autocast
 from sleeptrain.parallel.carried import Carried, Part
@@ -27,6 +28,7 @@ from sleeptrain.parallel.stage import build_stage, initial_values
 from sleeptrain.parallel.topology import Group, Topology, all_reduce_flat
 from sleeptrain.parallel.update import ShardedUpdate
 from sleeptrain.parallel.zero import make_shards
+from sleeptrain.schema import ConfigError
 
 
 class MegatronDeepspeedBackend:
@@ -75,8 +77,14 @@ class MegatronDeepspeedBackend:
         return self.integrity.check() if self.integrity else None
 
     @torch.no_grad()
-    def evaluate(self, batch: Batch, num_passes: int) -> Output:
-        """Rows are spread over the replicas; every process gets all results."""
+    def evaluate(self, batch: Batch, num_passes: int, stop: Stop | None = None) -> Output:
+        """Rows are spread over the replicas; every process gets all results. Raises ConfigError for a rule,
+        for processes would differ in what they skip."""
+        if stop is not None:
+            raise ConfigError(
+                f"tolerance={stop.tolerance} stops sequences one by one, and here many processes pass over "
+                "them together; evaluate the checkpoint in one process, or with a fixed N"
+            )
         data, pipeline = self.topology.data, self.topology.pipeline
         num_rows = len(batch.ids)
         per_replica = -(-num_rows // (data.size() * pipeline.size())) * pipeline.size()

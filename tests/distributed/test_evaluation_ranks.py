@@ -9,7 +9,9 @@ from runs import local_backend, num_ranks, own_rows, rank_backend
 from small import batch_of, config_of
 
 from sleeptrain.config import Config
+from sleeptrain.model.halting import Stop
 from sleeptrain.model.sleep import Output
+from sleeptrain.schema import ConfigError
 
 pytestmark = pytest.mark.more
 ROWS = (1, 2, 3, 5, 8)
@@ -37,6 +39,18 @@ def test_every_rank_gets_all_rows(topology: str, num_passes: int) -> None:
             torch.testing.assert_close(output.nll, truth.nll, rtol=1e-5, atol=1e-5)
             torch.testing.assert_close(output.loss_sum, truth.loss_sum)
             assert torch.equal(output.predictions, truth.predictions)
+
+
+def refusal(config: Config) -> str:
+    try:
+        rank_backend(config).evaluate(batch_of(), 3, Stop(0.1))
+    except ConfigError as error:
+        return str(error)
+    return "none"
+
+
+def test_processes_do_not_stop_row_by_row() -> None:
+    assert "in one process" in run_ranks(1, refusal, config_of(data=1))[0]
 
 
 def train(config: Config, evaluates: bool) -> list[float]:

@@ -9,6 +9,7 @@ from plain import WINDOW, build, make
 from torch import Tensor
 
 from sleeptrain.model import SleepModel, session
+from sleeptrain.model.halting import Stop
 from sleeptrain.model.state import map_tensors
 
 EVERY_KIND = "attn jet gdn swa:3 gdn"
@@ -111,7 +112,7 @@ def test_a_sequence_that_settles_early_has_slept_with_fewer_passes(mode: dict, s
     _, now = session.feed(model, session.begin(model, len(ids)), ids, 4)
     seen = set()
     for tolerance in (1e-30, 0.02, 0.05, 0.1, 0.15, 0.2, 0.3, math.inf):
-        slept, used = session.sleep_until_settled(model, now, 6, tolerance)
+        slept, used = session.sleep_until_settled(model, now, 6, Stop(tolerance))
         seen.add(tuple(used.tolist()))
         logits, _ = session.feed(model, slept, ids[:, :5], 4)
         for row, passes in enumerate(used.tolist()):
@@ -126,7 +127,7 @@ def test_without_tolerance_all_make_all_passes() -> None:
     model = build("attn gdn gdn")
     ids = make(WINDOW - 1, []).ids
     _, now = session.feed(model, session.begin(model, 2), ids, 3)
-    slept, used = session.sleep_until_settled(model, now, 3, 0.0)
+    slept, used = session.sleep_until_settled(model, now, 3, Stop())
     expected = session.sleep(model, now, 3)
     assert used.tolist() == [3, 3]
     assert all(

@@ -1,5 +1,6 @@
 """The local backend: accumulation, clipping, refusal of bad gradients, and going on from a saved state."""
 
+import math
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,7 @@ from sleeptrain.checkpoint.slices import whole
 from sleeptrain.config import Config, DataConfig, ModelConfig, OptimConfig, RunConfig, SleepConfig
 from sleeptrain.data.batch import Batch
 from sleeptrain.data.stream import TrainStream
+from sleeptrain.model.halting import Stop
 from sleeptrain.parallel.backend import LocalBackend, choose_device
 from sleeptrain.schema import ConfigError
 from sleeptrain.tasks import make_task
@@ -83,6 +85,13 @@ def test_loss_is_the_mean_per_target() -> None:
     norms = backend.forward_backward(batch(backend), 2, traced=True).memory_norms
     assert norms.keys() == {1, 2}
     assert all(norm > 0 and update > 0 for norm, update in norms.values())
+
+
+def test_an_evaluation_may_stop_its_passes() -> None:
+    backend = build()
+    passes = [backend.evaluate(batch(backend), 4, Stop(t)).passes for t in (0.0, math.inf)]
+    assert [p.tolist() for p in passes] == [[[4, 4]] * 8, [[2, 2]] * 8]
+    assert backend.evaluate(batch(backend), 4).passes is None
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
