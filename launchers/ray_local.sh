@@ -6,7 +6,7 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
 [[ ! -d .venv ]] || PATH=$PWD/.venv/bin:$PATH # jobs take the python that the head finds on its PATH
 export PATH RAY_AUTH_MODE=token
-export RAY_worker_niceness=0                  # Ray gives workers 15, and all else would come before the training
+set -a; source launchers/ray.env; set +a
 export RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER=0    # Ray's switch for "no cluster": it listens on 127.0.0.1 alone
 
 ray get-auth-token --generate > /dev/null     # in ~/.ray/auth_token, unless there is one

@@ -24,6 +24,7 @@ os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")  # a process m
 import ray
 import ray.train
 from ray.train.v2._internal.callbacks import DatasetsCallback
+from ray.train.v2._internal.callbacks.placement_group_callback import PlacementGroupCleanerCallback
 from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer  # TorchTrainer would import torch
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
@@ -39,10 +40,13 @@ PREVIOUS_SECONDS = 60.0  # for what is left of a driver that was killed to end
 
 
 class Trainer(DataParallelTrainer):
-    """Without the actor that hands out data of Ray Data, which a run never asks."""
+    """Without two actors of Ray's, which take time to start and to wait: one hands out data of Ray Data, for
+    which no run asks; one frees the places of workers whose controller is dead, and then the driver ends,
+    with which they are free."""
 
     def _create_default_callbacks(self) -> list[Any]:
-        return [one for one in super()._create_default_callbacks() if not isinstance(one, DatasetsCallback)]
+        unused = (DatasetsCallback, PlacementGroupCleanerCallback)
+        return [one for one in super()._create_default_callbacks() if not isinstance(one, unused)]
 
 
 def drive(config: Config, frozen_config: str) -> int:

@@ -11,6 +11,7 @@ rounds. No time outside of steps counts: Ray's own start is shown beside it.
 import contextlib
 import json
 import os
+import re
 import secrets
 import subprocess
 import sys
@@ -23,6 +24,7 @@ import measure
 import psutil
 
 SETTINGS = ("experiment=quickstart", "run.device=cpu", "run.num_threads=1", "eval.every_steps=0")
+LAUNCHERS = Path(__file__).resolve().parents[2] / "launchers"
 NUM_CORES = len(os.sched_getaffinity(0))
 WARMUP_ROWS = 2
 BAR = 1.05
@@ -86,17 +88,20 @@ def run(side: str, folder: Path, settings: list[str], environment: dict[str, str
 
 
 def start_ray(folder: Path) -> dict[str, str]:
-    """A head on loopback with a token of its own; the environment of its users."""
-    environment = os.environ | {
+    """A head by the launcher, with a token of its own; the environment of its users."""
+    environment = os.environ | dict(
+        re.findall(r"^(RAY_\w+)=(.*)", (LAUNCHERS / "ray.env").read_text(), re.MULTILINE)
+    )
+    environment |= {
+        "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
         "RAY_AUTH_MODE": "token",
         "RAY_AUTH_TOKEN": secrets.token_hex(32),
-        "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
+        "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",  # who joins a cluster on loopback needs it, too
         "RAY_USAGE_STATS_ENABLED": "0",
-        "RAY_worker_niceness": "0",  # as the launchers do
         "OMP_NUM_THREADS": "1",
     }
     size = [f"--num-cpus={NUM_CORES}", "--object-store-memory=80000000", f"--temp-dir={folder}", "--port=0"]
-    command = [tool("ray"), "start", "--head", "--include-dashboard=false", *size]
+    command = [str(LAUNCHERS / "ray_local.sh"), "--include-dashboard=false", *size]
     started = subprocess.run(command, env=environment, capture_output=True, text=True)
     if started.returncode:
         raise SystemExit(started.stdout + started.stderr)
@@ -111,11 +116,6 @@ def stop_ray(folder: Path) -> None:
             if str(folder) in " ".join(process.cmdline()):
                 for one in (*process.children(recursive=True), process):
                     one.kill()
-
-
-def tool(name: str) -> str:
-    """A command of this environment."""
-    return str(Path(sys.executable).with_name(name))
 
 
 if __name__ == "__main__":
