@@ -3,14 +3,18 @@
 import contextlib
 import json
 import os
+import re
 import secrets
 import socket
 import subprocess
 import sys
 import tempfile
 import time
+import urllib.request
+from collections import defaultdict
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import psutil
 
@@ -20,10 +24,11 @@ QUICK = {  # a node that is gone is noticed within seconds
     "RAY_health_check_period_ms": "1000",
     "RAY_health_check_timeout_ms": "2000",
     "RAY_health_check_failure_threshold": "3",
+    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",
     "RAY_USAGE_STATS_ENABLED": "0",
-    "RAY_worker_niceness": "0",
     "OMP_NUM_THREADS": "1",
 }
+LAUNCHED = dict(re.findall(r"^(RAY_\w+)=(.*)", (ROOT / "launchers" / "ray.env").read_text(), re.MULTILINE))
 STOP_WAITS = {"RAY_JOB_STOP_WAIT_TIME_S": "120"}  # as launchers/runtime_env.yaml says
 LOOPBACK = {"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0"}  # as launchers/ray_local.sh does
 
@@ -39,7 +44,7 @@ class Ray:
         auth = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": self.token}
         without = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
         path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
-        self.environ = without | QUICK | {"PATH": path, "PYTHONPATH": str(ROOT)}
+        self.environ = without | LAUNCHED | QUICK | {"PATH": path, "PYTHONPATH": str(ROOT)}
         self.environ |= LOOPBACK if on_loopback else {}
         self.environ |= auth if authenticated else {"RAY_AUTH_MODE": "disabled"}
 
@@ -71,13 +76,16 @@ class Ray:
 
     def processes(self, program: str = "") -> list[int]:
         """Of this cluster: those with its folder or port in their command line, and what they started."""
-        found: dict[int, str] = {}
-        for process in psutil.process_iter():
-            with contextlib.suppress(psutil.Error):
-                command = " ".join(process.cmdline())
-                if self._temp.name in command or f"--address=127.0.0.1:{self.port} " in command:
-                    for one in (process, *process.children(recursive=True)):
-                        found[one.pid] = " ".join(one.cmdline())
+        commands, children, found = {}, defaultdict(list), {}
+        for process in psutil.process_iter(["ppid", "cmdline"]):
+            commands[process.pid] = " ".join(process.info["cmdline"] or ())
+            children[process.info["ppid"]].append(process.pid)
+        marks = (self._temp.name, f"--address=127.0.0.1:{self.port} ")
+        unseen = [pid for pid, command in commands.items() if any(mark in command for mark in marks)]
+        while unseen:
+            pid = unseen.pop()
+            found[pid] = commands.get(pid, "")
+            unseen += [child for child in children[pid] if child not in found]
         return [pid for pid, command in found.items() if program in command and pid != os.getpid()]
 
     def drivers(self) -> list[int]:
@@ -99,6 +107,13 @@ class Ray:
             stderr=subprocess.STDOUT,
             text=True,
         )
+
+    def ask(self, path: str, method: str = "GET") -> Any:
+        """What the REST API of jobs answers: it does as the commands of ``ray job``, without their start."""
+        request = urllib.request.Request(f"{self.dashboard}/api/jobs/{path}", method=method)
+        request.add_header("Authorization", f"Bearer {self.token}")
+        with urllib.request.urlopen(request, timeout=60) as answer:
+            return json.load(answer)
 
     def call(self, *arguments: str) -> str:
         """The output of a command of ``ray``."""

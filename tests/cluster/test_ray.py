@@ -14,7 +14,7 @@ import psutil
 import pytest
 from e2e_runs import TINY, compare_runs
 from ray_daemons import ROOT, Ray
-from ray_jobs import PATIENCE_SECONDS, RUN, await_step, finish, submit
+from ray_jobs import NUM_STEPS, PATIENCE_SECONDS, RUN, await_step, finish, submit
 
 TRAINS = "sleeptrain.cluster.training_process"
 
@@ -43,9 +43,9 @@ def test_a_job_ends_as_the_local_run_does(ray: Ray, undisturbed: Path, tmp_path:
     folder = tmp_path / "run"
     output = finish(submit(ray, folder, name="whole"))
     assert compare_runs(folder, undisturbed) == ""
-    assert "step 90/90" in output
+    assert f"step {NUM_STEPS}/{NUM_STEPS}" in output
     listed = ray.call("job", "list", "--address", ray.dashboard)
-    assert "'sleeptrain/step': '90'" in listed
+    assert f"'sleeptrain/step': '{NUM_STEPS}'" in listed
     assert "'sleeptrain/processes': '2'" in listed
 
 
@@ -80,7 +80,7 @@ def test_a_stopped_job_has_saved_and_goes_on(ray: Ray, undisturbed: Path, tmp_pa
     folder = tmp_path / "run"
     job = submit(ray, folder, "checkpoint.every_steps=0", name="stopped")
     await_step(folder, 15, job)
-    ray.call("job", "stop", "--no-wait", "--address", ray.dashboard, "stopped")
+    ray.ask("stopped/stop", method="POST")  # as ray job stop
     output, _ = job.communicate(timeout=PATIENCE_SECONDS)
     assert "was stopped" in output
     assert "stopped by SIGTERM; the same command goes on from step" in output
@@ -127,7 +127,7 @@ def test_a_second_driver_of_a_folder_is_refused(ray: Ray, tmp_path: Path) -> Non
 def test_a_failure_that_comes_again_at_the_same_step_ends_the_run(ray: Ray, tmp_path: Path) -> None:
     """A damaged shard, which the order of the data comes to at the same step each time."""
     shards = tmp_path / "shards"
-    sizes = ("--num-examples=800", "--shard-samples=40")
+    sizes = (f"--num-examples={8 * NUM_STEPS}", "--shard-samples=40")
     make = [sys.executable, str(ROOT / "tools" / "make_shards.py"), str(shards), *sizes]
     subprocess.run([*make, *TINY], check=True, capture_output=True, cwd=ROOT, env=ray.environ)
     for path in sorted(shards.glob("*.tar"))[::5]:
@@ -136,7 +136,7 @@ def test_a_failure_that_comes_again_at_the_same_step_ends_the_run(ray: Ray, tmp_
     output, _ = job.communicate(timeout=PATIENCE_SECONDS)
     assert job.returncode != 0
     assert "error: it failed twice at the same place, after step " in output
-    assert output.count("run quickstart: step 0 of 90") == 2
+    assert output.count(f"run quickstart: step 0 of {NUM_STEPS}") == 2
 
 
 @pytest.mark.parametrize("method", ["GET", "POST", "DELETE"])
@@ -162,22 +162,28 @@ def test_nothing_of_a_local_cluster_listens_beyond_loopback(ray: Ray) -> None:
     assert set(found) == {"127.0.0.1"}
 
 
-@pytest.mark.parametrize(
-    ("settings", "sentence"),
-    [
-        (("run.dir=runs/here",), "run.dir=runs/here would lie in the working folder of a job"),
-        (
-            ("data.producer=ray", "data.shards=[set]"),
-            "data.shards=set would lie in the working folder of a job",
-        ),
-        (
-            ("cluster.num_workers=5", "cluster.resources_wait_seconds=0"),
-            "cluster.num_workers=5 needs 5 CPUs, and the Ray cluster has 2",
-        ),
-    ],
-)
-def test_what_a_driver_refuses(ray: Ray, tmp_path: Path, settings: tuple[str, ...], sentence: str) -> None:
-    job = ray.submit(f"run.dir={tmp_path}/run", *RUN, *settings)
+REFUSED = {
+    "run.dir=runs/here would lie in the working folder of a job": ("run.dir=runs/here",),
+    "data.shards=set would lie in the working folder of a job": ("data.producer=ray", "data.shards=[set]"),
+    "cluster.num_workers=5 needs 5 CPUs, and the Ray cluster has 2": (
+        *("cluster.num_workers=5", "cluster.resources_wait_seconds=0"),
+    ),
+}
+
+
+@pytest.fixture(scope="module")
+def refused(ray: Ray, tmp_path_factory: pytest.TempPathFactory) -> dict[str, subprocess.Popen[str]]:
+    """By sentence: the jobs, all at once."""
+    folder = tmp_path_factory.mktemp("refused")
+    return {
+        sentence: ray.submit(f"run.dir={folder}/run{number}", *RUN, *settings)
+        for number, (sentence, settings) in enumerate(REFUSED.items())
+    }
+
+
+@pytest.mark.parametrize("sentence", REFUSED)
+def test_what_a_driver_refuses(refused: dict[str, subprocess.Popen[str]], sentence: str) -> None:
+    job = refused[sentence]
     output, _ = job.communicate(timeout=PATIENCE_SECONDS)
     assert job.returncode != 0
     assert f"error: {sentence}" in output

@@ -2,7 +2,6 @@
 
 import json
 import os
-import re
 import signal
 import subprocess
 import sys
@@ -30,9 +29,8 @@ def ray() -> Iterator[Ray]:
 
 
 def processes_of(ray: Ray) -> int:
-    listed = ray.call("job", "list", "--address", ray.dashboard)
-    found = re.search(r"'sleeptrain/processes': '(\d+)'", listed)
-    return int(found[1]) if found else 0
+    shown = [job["metadata"] or {} for job in ray.ask("")]
+    return max((int(metadata.get("sleeptrain/processes", 0)) for metadata in shown), default=0)
 
 
 def orders(folder: Path) -> dict[int, int]:
