@@ -13,10 +13,10 @@ import torch
 
 from sleeptrain.config import Config
 from sleeptrain.engine.mirror import Mirror
-from sleeptrain.engine.resilience import cut_metrics
+from sleeptrain.engine.resilience import METRICS_FILE, cut_metrics
 from sleeptrain.schema import RunError
 
-FILE_NAME = "metrics.jsonl"
+FILE_NAME = METRICS_FILE
 
 
 class MetricsWriter:

@@ -3,7 +3,6 @@
 from sleeptrain.config import Config
 from sleeptrain.parallel.layout import blocks_of_stage, check_tensor_size
 from sleeptrain.parallel.rows import check_rows
-from sleeptrain.parallel.rows import micro_batch_of as micro_batch_of
 from sleeptrain.parallel.topology import check_world
 from sleeptrain.schema import ConfigError
 

@@ -19,11 +19,11 @@ from sleeptrain.model.halting import Stop
 from sleeptrain.model.sleep import Output, PassTrace
 from sleeptrain.parallel.backend import StepResult, UpdateResult, autocast
 from sleeptrain.parallel.carried import Carried, Part
-from sleeptrain.parallel.check import micro_batch_of
 from sleeptrain.parallel.cpu_compat import cuda_means_cpu
 from sleeptrain.parallel.integrity import Integrity
 from sleeptrain.parallel.layout import is_on_both_ends
 from sleeptrain.parallel.pipeline import Pipeline
+from sleeptrain.parallel.rows import micro_batch_of
 from sleeptrain.parallel.stage import build_stage, initial_values
 from sleeptrain.parallel.topology import Group, Topology, all_reduce_flat
 from sleeptrain.parallel.update import ShardedUpdate
