@@ -4,8 +4,10 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
+from torch import Tensor
 
 from sleeptrain.data.batch import make_batch
+from sleeptrain.model.halting import Stop
 from sleeptrain.parallel.backend import Backend
 from sleeptrain.tasks.base import Split, Task
 
@@ -44,9 +46,11 @@ def evaluate(
     batch_sequences: int,
     window_tokens: int,
     is_stopped: Callable[[], bool] = lambda: False,
+    stop: Stop | None = None,
 ) -> list[EvalResult]:
     """Every pair of N and difficulty on the same examples; a split that ends gives at most all of its own,
-    spread evenly. Raises StoppedError once ``is_stopped``, which is asked before each batch."""
+    spread evenly. With a rule to ``stop`` N is the most, and the metric ``passes`` is what sequences made on
+    average over a window. Raises StoppedError once ``is_stopped``, which is asked before each batch."""
     total = task.num_examples(split) or num_examples
     count = min(num_examples, total)
     indices = np.arange(count) * total // count
@@ -63,12 +67,14 @@ def evaluate(
                 if is_stopped():
                     raise StoppedError
                 batch = make_batch(examples, window_tokens)
-                output = backend.evaluate(batch, n)
+                output = backend.evaluate(batch, n, stop)
                 loss_sum += float(output.loss_sum)
                 num_targets += batch.num_targets
                 nll = output.nll.double().cpu().numpy()
                 of_examples = {"loss": nll.sum(1) / np.maximum(1, examples.loss_mask.sum(1))}
                 of_examples |= task.score(output.predictions.cpu().numpy(), nll, examples)
+                if output.passes is not None:
+                    of_examples["passes"] = _mean_passes(output.passes)
                 for name, values in of_examples.items():
                     scores.setdefault(name, []).append(values)
             joined = {name: np.concatenate(values) for name, values in scores.items()}
@@ -76,6 +82,12 @@ def evaluate(
             metrics["loss"] = loss_sum / num_targets  # of all targets, however many an example has
             results.append(EvalResult(n, difficulty, count, metrics, joined))
     return results
+
+
+def _mean_passes(passes: Tensor) -> np.ndarray:
+    """Of each sequence over the windows that hold any of it ``[B]``, from ``[B, windows slept on]``."""
+    made = passes.double()
+    return (made.sum(1) / (made > 0).sum(1).clamp_min(1)).cpu().numpy()
 
 
 def check_difficulties(task: Task, difficulties: Sequence[int]) -> None:

@@ -39,7 +39,7 @@ class Data(NamedTuple):
 
     def scores(self, row: Row) -> np.ndarray:
         """Of the single examples whose mean the row holds, float32 ``[num_examples]``."""
-        name = f"{row['metric']}/{row['difficulty']}/{row['eval_passes']}{row['stop']}"
+        name = trial.key(row["metric"], row["difficulty"], row["eval_passes"], row["stop"])
         return load_file(self.folder / row["trial"] / trial.SCORES)[name]
 
     def learning_curve(self, trial_id: str) -> list[Row]:
@@ -105,7 +105,7 @@ def _rows_of(point: Point, config: Config, result: Row) -> list[Row]:
     }
     rows = []
     for one in result["evaluations"]:
-        stop = one.get("stop", "")
+        stop = one["stop"]
         where = {
             "eval_passes": one["num_passes"],
             "difficulty": one["difficulty"],

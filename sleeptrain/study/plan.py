@@ -56,10 +56,22 @@ def plan(asked: Asked, seconds_per_step: SecondsPerStep) -> Plan:
         trials.setdefault(trial, config)
         points.append(Point(trial, role, arm, budget, config.run.seed, axes, tried))
     for config in trials.values():
-        check_difficulties(task_of(config.task), study.difficulties)
+        _check_evaluation(study, config)
     # Seed by seed: whoever stops early has a whole study of fewer seeds. Long ones first: none is left alone.
     order = sorted(trials, key=lambda trial: (trials[trial].run.seed, -cost_of(trials[trial]).flops))
     return Plan({trial: trials[trial] for trial in order}, points)
+
+
+def _check_evaluation(study: Study, config: Config) -> None:
+    """Raises ConfigError where a trained model could not be evaluated as asked."""
+    changed = with_changes(config, {f"task.{name}": value for name, value in study.eval_task.items()})
+    trained, evaluated = task_of(config.task), task_of(changed.task)
+    if trained.vocab_size != evaluated.vocab_size:
+        raise ConfigError(
+            f"study.eval_task={study.eval_task} has a vocabulary of {evaluated.vocab_size}, and the training "
+            f"one of {trained.vocab_size}; change them so that they agree"
+        )
+    check_difficulties(evaluated, study.difficulties)
 
 
 def shapes(study: Study) -> list[Config]:

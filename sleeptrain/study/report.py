@@ -252,18 +252,18 @@ def _costs(r: Reporter) -> Made:
     if not rows:
         return
     parts: list[Part] = []
-    lines = "arm" if len(r.asked.study.arms) > 1 else r.axes[0] if r.axes else ""
-    grid = [row for row in rows if row["role"] == "grid"]
-    ratios = [row for row in grid if row["metric"] in ("flops_ratio", "seconds_ratio")]
-    curve = Curve(
-        "R(N): cost of a step against N = 1, by the formula and by the clock", lines="metric", panels=""
-    )
-    if len(values_of(ratios, NUM_PASSES)) > 1 and len(values_of(ratios, lines)) <= 1:
+    of_cost = [axis for axis in r.axes if not axis.startswith("task.")]
+    panels = "arm" if len(r.asked.study.arms) > 1 else of_cost[0] if of_cost else ""
+    names = ("flops_ratio", "seconds_ratio")
+    ratios = [row for row in rows if row["role"] == "grid" and row["metric"] in names]
+    title = "R(N): cost of a step against N = 1, by the formula and by the clock"
+    if len(values_of(ratios, NUM_PASSES)) > 1:
+        curve = Curve(title, lines="metric", panels=panels)
         figures.draw_curve(ratios, curve, "", None, r.path("ratio.svg"))
         parts.append(
-            r.picture("ratio.svg", "Training FLOPs and measured seconds of a step, as ratios to N = 1.")
+            r.picture("ratio.svg", "Training FLOPs and measured seconds of a step, over those of N = 1.")
         )
-    parts.append(_cost_table(rows, r.axes))
+    parts.append(_cost_table(rows, of_cost))
     text = (
         "A step of each model, timed in a process of its own, median over rounds in turn. Memory is the peak "
         "beyond what the process holds before the first step. FLOPs count the products of matrices of the "

@@ -47,7 +47,8 @@ def trials_folder(asked: Asked) -> Path:
 def request_of(study: Study, config: Config) -> Request:
     """What the study asks of a run."""
     passes = eval_passes(study, config)
-    return Request(passes, study.difficulties, study.num_examples, study.probes)
+    sizes = (study.difficulties, study.eval_task, study.num_examples)
+    return Request(passes, *sizes, study.probes, study.tolerances)
 
 
 def is_done(asked: Asked, name: str, config: Config) -> bool:
@@ -107,7 +108,9 @@ def _on_this_machine(
             if stops:
                 process.terminate()
             if process.exitcode is not None:
-                codes[name] = process.exitcode
+                # Where it was not training yet or no longer, it has nothing to save.
+                was_stopped = stops and process.exitcode == -signal.SIGTERM
+                codes[name] = EXIT_REQUEUE if was_stopped else process.exitcode
                 del running[name]
         progress.update()
         time.sleep(1.0 if stops else POLL_SECONDS)

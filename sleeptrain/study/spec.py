@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 from omegaconf import OmegaConf
-from omegaconf.errors import OmegaConfBaseException
 
 from sleeptrain.pretrain import CONFIGS
 from sleeptrain.schema import ConfigError, from_dict, setting, to_dict, unknown
@@ -56,6 +55,7 @@ class Study:
     )
     eval_passes: tuple[int, ...] = setting((), "N in evaluation; empty: the N of the training")
     difficulties: tuple[int, ...] = setting((), "in evaluation; empty: those of the task")
+    eval_task: Settings = setting({}, "settings of the task that differ in evaluation, such as its length")
     metric: str = setting("exact_accuracy", "the main one, of those that the task scores by")
     num_examples: int = setting(1024, "held-out examples per difficulty")
     tolerances: tuple[float, ...] = setting((), "also: sleep until the fast weights change by less")
@@ -130,8 +130,9 @@ def ask(arguments: list[str]) -> Asked:
             key: OmegaConf.to_container(OmegaConf.from_dotlist([f"value={value}"]))["value"]  # type: ignore[index,call-overload]
             for key, _, value in (argument.partition("=") for argument in arguments)
         }
-    except (OmegaConfBaseException, ValueError) as error:
-        raise ConfigError(f"an argument cannot be read ({' '.join(str(error).split())})") from error
+    except Exception as error:  # of YAML's, and several of OmegaConf's
+        reason = " ".join(str(error).split())
+        raise ConfigError(f"an argument cannot be read ({reason}); write KEY=VALUE or KEY=[1,2]") from error
     name = given.pop("study", None)
     if name not in names():
         raise ConfigError(

@@ -86,6 +86,6 @@ def _value(asked: Asked, plan: Plan, name: str) -> float | None:
     values = [
         one["metrics"][asked.study.metric]
         for one in result["evaluations"]
-        if one["num_passes"] == num_passes and not one.get("stop")
+        if one["num_passes"] == num_passes and not one["stop"]
     ]
     return sum(values) / len(values)

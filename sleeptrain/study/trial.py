@@ -22,9 +22,10 @@ from sleeptrain.cluster.launch import EXIT_FAILED, work
 from sleeptrain.cluster.training_process import die_with_parent
 from sleeptrain.config import Config
 from sleeptrain.engine import restored
-from sleeptrain.engine.evaluation import EvalResult, evaluate
+from sleeptrain.engine.evaluation import evaluate
 from sleeptrain.engine.metrics import read_metrics
 from sleeptrain.engine.resume import versions
+from sleeptrain.model.halting import Stop
 from sleeptrain.schema import ConfigError, RunError, from_dict, setting, to_dict, with_changes
 from sleeptrain.study import probes
 from sleeptrain.study.cost import task_of
@@ -38,8 +39,10 @@ class Request:
 
     num_passes: tuple[int, ...] = setting((), "N")
     difficulties: tuple[int, ...] = setting((), "difficulties; empty: the task's own")
+    task: dict[str, Any] = setting({}, "settings of the task that differ from those of the training")
     num_examples: int = setting(1024, "examples per difficulty")
     probes: tuple[str, ...] = setting((), "further measurements")
+    tolerances: tuple[float, ...] = setting((), "also with the N of the training, until the state settles")
 
 
 def prepare(folder: Path, config: Config, request: Request) -> None:
@@ -96,25 +99,41 @@ def _train(config: Config, folder: Path) -> int:
 def score(folder: Path, config: Config, request: Request) -> None:
     """Writes ``scores.safetensors`` and then ``result.json``."""
     found = restored.find(folder)
+    config = with_changes(config, {f"task.{name}": value for name, value in request.task.items()})
     backend, task = restored.with_weights(found, config), task_of(config.task)
     sizes = (request.num_examples, config.eval.batch_sequences, config.sleep.window_tokens)
-    results = evaluate(backend, task, "test", request.num_passes, request.difficulties, *sizes)
+    results = {"": evaluate(backend, task, "test", request.num_passes, request.difficulties, *sizes)}
+    trained = (config.sleep.num_passes,)
+    for name, stop in stops_of(request, config).items():
+        results[name] = evaluate(backend, task, "test", trained, request.difficulties, *sizes, stop=stop)
+    evaluations = [(stop, one) for stop, of_stop in results.items() for one in of_stop]
     result = {
         "request": to_dict(request),
         "step": found.step,
-        "evaluations": [one.summary() for one in results],
+        "evaluations": [one.summary() | {"stop": stop} for stop, one in evaluations],
         "training": training_summary(folder),
         "probes": {name: probes.PROBES[name](backend) for name in request.probes},
         "versions": versions(),
     }
-    arrays = {key(one, name): array for one in results for name, array in one.scores.items()}
+    arrays = {
+        key(name, one.difficulty, one.num_passes, stop): array
+        for stop, one in evaluations
+        for name, array in one.scores.items()
+    }
     replace_file(folder / SCORES, save({name: array.astype(np.float32) for name, array in arrays.items()}))
     replace_file(folder / RESULT, json.dumps(result, indent=1).encode())
 
 
-def key(result: EvalResult, metric: str) -> str:
+def stops_of(request: Request, config: Config) -> dict[str, Stop]:
+    """By name, the rules by which sequences stop before all passes are made, where there is more than one."""
+    if config.sleep.num_passes == 1:
+        return {}
+    return {f"tolerance {tolerance:g}": Stop(tolerance=tolerance) for tolerance in request.tolerances}
+
+
+def key(metric: str, difficulty: int, num_passes: int, stop: str) -> str:
     """The name of the scores of single examples."""
-    return f"{metric}/{result.difficulty}/{result.num_passes}"
+    return "/".join([metric, str(difficulty), str(num_passes), *([stop] if stop else [])])
 
 
 def training_summary(folder: Path) -> dict[str, Any]:

@@ -61,6 +61,8 @@ def value(name: str, of: Any, difficulty_name: str = "") -> str:
         return BUDGETS.get(of, str(of))
     if name == "arm":
         return TITLES.get(of, str(of)).partition(":")[0] or "as studied"
+    if name == "metric":
+        return metric(of)
     if name == NUM_PASSES:
         return f"N = {of}"
     if isinstance(of, str):

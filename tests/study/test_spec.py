@@ -38,7 +38,7 @@ def test_settings_reach_every_run_and_keys_of_the_study_the_study(tmp_path: Path
 
 def test_the_command_leaves_out_where_it_runs() -> None:
     asked = ask(["study=rule110_n", "study.slots=3", "study.dir=x", "study.seeds=[1]", "task.width=10"])
-    assert asked.command == "python -m sleeptrain.study study=rule110_n study.seeds=[1] task.width=10"
+    assert asked.command == "python -m sleeptrain.study study=rule110_n 'study.seeds=[1]' task.width=10"
 
 
 def test_a_scale_replaces_keys_and_adds_settings() -> None:
@@ -75,7 +75,7 @@ def test_what_is_wrong_is_said_in_a_sentence(arguments: list[str], sentence: str
     ("settings", "sentence"),
     [
         (["optim.num_stesp=3"], "unknown setting 'optim.num_stesp'"),
-        (["task.width=12"], "sleep.window_tokens=8 does not fit task rule110"),
+        (["task.width=9"], "sleep.window_tokens=8 does not fit task rule110"),
         (["study.difficulties=[-1]"], "eval.difficulties holds -1"),
     ],
 )
