@@ -81,17 +81,23 @@ def shapes(study: Study) -> list[Config]:
 
 
 def trial_id(config: Config) -> str:
-    """Of the settings that shape the result."""
-    settings = flatten(to_dict(config))
-    shaping = {key: value for key, value in settings.items() if key == "data.shards" or not is_free(key)}
-    return f"n{config.sleep.num_passes}_seed{config.run.seed}_{_digest(shaping)}"
+    """Of the settings that shape the result, as far as they differ from the defaults: a setting that is new
+    in a later version changes no id."""
+    chosen = {key: v for key, v in _chosen(config).items() if key == "data.shards" or not is_free(key)}
+    return f"n{config.sleep.num_passes}_seed{config.run.seed}_{_digest(chosen)}"
 
 
 def shape_id(config: Config) -> str:
     """Of what makes a step as long as it is."""
-    settings = to_dict(config)
+    chosen = {key: v for key, v in _chosen(config).items() if key.startswith(("model.", "sleep."))}
     sizes = [config.task.sequence_tokens, config.data.batch_sequences, task_of(config.task).vocab_size]
-    return _digest({"model": settings["model"], "sleep": settings["sleep"], "sizes": sizes})
+    return _digest(chosen | {"sizes": sizes})
+
+
+def _chosen(config: Config) -> Settings:
+    """The settings that are not the defaults."""
+    defaults = flatten(to_dict(Config()) | {"task": to_dict(type(config.task)())})
+    return {key: v for key, v in flatten(to_dict(config)).items() if v != defaults[key] or key == "task.name"}
 
 
 def eval_passes(study: Study, config: Config) -> tuple[int, ...]:

@@ -4,21 +4,22 @@ Any number of these may work on one folder, as the tasks of a Slurm array do: a 
 left to it.
 """
 
+import math
 import multiprocessing
 import os
 import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from types import FrameType
 from typing import Any, NamedTuple
 
 import torch
 from tqdm import tqdm
 
-from sleeptrain.checkpoint import store
 from sleeptrain.config import Config
 from sleeptrain.engine.resilience import EXIT_REQUEUE, RunLock, RunLockedError
 from sleeptrain.study import trial
@@ -28,7 +29,7 @@ from sleeptrain.study.spec import Asked, Study
 from sleeptrain.study.trial import Request
 
 PROGRAM = ("-m", "sleeptrain.study.trial")
-POLL_SECONDS = 0.2
+POLL_SECONDS, LOOK_SECONDS = 0.2, 1.0
 STEP_ROW_BYTES = 4096  # more than a row of metrics has
 
 
@@ -62,7 +63,7 @@ def run(asked: Asked, trials: Mapping[str, Config]) -> Outcome:
         trial.prepare(trials_folder(asked) / name, config, request_of(asked.study, config))
     with Progress(asked, trials, todo) as progress, _signals() as stops:
         if asked.execution.where == "process":
-            codes = _in_this_process(asked, list(todo), progress)
+            codes = _in_this_process(asked, todo, progress, stops)
         elif asked.execution.where == "ray":
             codes = _on_ray(asked, todo, progress, stops)
         else:
@@ -82,13 +83,15 @@ def slots_of(asked: Asked, trials: Mapping[str, Config]) -> int:
     return max(1, len(os.sched_getaffinity(0)) // (threads * workers))
 
 
-def _in_this_process(asked: Asked, todo: list[str], progress: "Progress") -> dict[str, int]:
+def _in_this_process(
+    asked: Asked, todo: dict[str, Config], progress: "Progress", stops: list[int]
+) -> dict[str, int]:
     codes: dict[str, int] = {}
-    for name in todo:
-        if not is_taken(trials_folder(asked) / name):
+    for name, config in todo.items():
+        if _is_free(asked, name, config):
             codes[name] = trial.run(trials_folder(asked) / name)
             progress.update()
-        if codes.get(name) == EXIT_REQUEUE:
+        if stops or codes.get(name) == EXIT_REQUEUE:
             break
     return codes
 
@@ -102,7 +105,7 @@ def _on_this_machine(
     while running or (waiting and not stops):
         while waiting and len(running) < num_slots and not stops:
             name = waiting.pop(0)
-            if not is_taken(trials_folder(asked) / name):
+            if _is_free(asked, name, todo[name]):
                 running[name] = _start(trials_folder(asked) / name)
         for name, process in list(running.items()):
             if stops:
@@ -146,10 +149,15 @@ def _on_ray(asked: Asked, todo: dict[str, Config], progress: "Progress", stops: 
 
     folder, tasks = trials_folder(asked), {}
     for name, config in todo.items():
-        if not is_taken(folder / name):
+        if _is_free(asked, name, config):
             num_workers = config.cluster.workers(config.parallel)
             tasks[name] = Task((*PROGRAM, str(folder / name)), str(folder / name), num_workers)
     return run_tasks(next(iter(todo.values())), tasks, progress.update, stops) if tasks else {}
+
+
+def _is_free(asked: Asked, name: str, config: Config) -> bool:
+    """Whether nobody else makes the run, or has made it since we looked."""
+    return not is_taken(trials_folder(asked) / name) and not is_done(asked, name, config)
 
 
 def is_taken(folder: Path) -> bool:
@@ -170,10 +178,6 @@ def _outcome(asked: Asked, todo: dict[str, Config], codes: dict[str, int]) -> Ou
         for name in left
         if name not in elsewhere and codes.get(name, EXIT_REQUEUE) != EXIT_REQUEUE
     }
-    if not asked.execution.keep_checkpoints:
-        for name in todo.keys() - set(left):
-            for folder in (trials_folder(asked) / name / "checkpoints").glob("step_*"):
-                store.delete(folder)
     return Outcome(failed, elsewhere, is_stopped and len(elsewhere) < len(left) and not failed)
 
 
@@ -200,45 +204,49 @@ def step_of(folder: Path) -> int:
 
 
 class Progress:
-    """A bar over the optimizer steps of all runs, with the time left."""
+    """A bar over the optimizer steps of all runs, with the time left. It looks at files: once a second."""
 
     def __init__(self, asked: Asked, trials: Mapping[str, Config], todo: Mapping[str, Config]) -> None:
-        self.asked, self.todo, self.num_trials = asked, todo, len(trials)
+        self.asked, self.left, self.num_trials = asked, dict(todo), len(trials)
         self.total = sum(config.optim.num_steps for config in trials.values())
-        self.finished = self.total - sum(config.optim.num_steps for config in todo.values())
+        self._looked_at = -math.inf
 
     def __enter__(self) -> "Progress":
-        self._bar = tqdm(
-            total=self.total,
-            initial=self.finished + self._made(),
-            unit="step",
-            mininterval=1.0,
-            smoothing=0.05,
-        )
+        self._bar = tqdm(total=self.total, initial=self._made(), unit="step", smoothing=0.05)
         self.update()
         return self
 
     def __exit__(self, *_: object) -> None:
+        self._looked_at = -math.inf
         self.update()
         self._bar.close()
 
     def update(self) -> None:
-        done = sum(is_done(self.asked, name, config) for name, config in self.todo.items())
-        made = self.finished + self._made()
-        self._bar.set_description(f"{self.num_trials - len(self.todo) + done}/{self.num_trials} runs", False)
-        self._bar.update(made - self._bar.n)
+        if time.monotonic() < self._looked_at + LOOK_SECONDS:
+            return
+        self._looked_at = time.monotonic()
+        self.left = {name: c for name, c in self.left.items() if not is_done(self.asked, name, c)}
+        self._bar.set_description(f"{self.num_trials - len(self.left)}/{self.num_trials} runs", refresh=False)
+        self._bar.update(self._made() - self._bar.n)
 
     def _made(self) -> int:
-        return sum(step_of(trials_folder(self.asked) / name) for name in self.todo)
+        to_come = (
+            config.optim.num_steps - step_of(trials_folder(self.asked) / name)
+            for name, config in self.left.items()
+        )
+        return self.total - sum(to_come)
 
 
 @contextmanager
 def _signals() -> Iterator[list[int]]:
     """The stop signals that came; the handlers before come back at the end."""
     came: list[int] = []
-    handled: Callable[..., None] = lambda number, frame: came.append(number)  # noqa: E731
+
+    def take(number: int, frame: FrameType | None) -> None:
+        came.append(number)
+
     numbers = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
-    before = {number: signal.signal(number, handled) for number in numbers}
+    before = {number: signal.signal(number, take) for number in numbers}
     try:
         yield came
     finally:

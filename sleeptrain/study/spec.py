@@ -88,7 +88,6 @@ class Execution:
     )
     slots: int | None = setting(None, "local: runs at a time; null: as many as the cores allow")
     watch: bool = setting(False, "status: show it again every few seconds until all is done")
-    keep_checkpoints: bool = setting(True, "false: remove the checkpoints of a run that is scored")
 
     def __post_init__(self) -> None:
         if self.slots is not None and self.slots < 1:

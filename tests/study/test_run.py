@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from tiny_study import arguments, tiny
+from tiny_study import FOUR_RUNS, arguments, tiny
 
 from sleeptrain.study import trial
 from sleeptrain.study.__main__ import main
@@ -20,8 +20,6 @@ from sleeptrain.study.plan import Plan, plan, shape_id, shapes
 from sleeptrain.study.run import is_done, is_taken, run, trials_folder
 from sleeptrain.study.spec import Asked
 from sleeptrain.study.timing import measure
-
-FOUR_RUNS = ("study.seeds=[0]", "study.budgets=[tokens]", "study.controls=[]")
 
 pytestmark = pytest.mark.more
 

@@ -1,0 +1,45 @@
+"""A study as an array of jobs of a real Slurm."""
+
+import sys
+from pathlib import Path
+
+import pytest
+import slurm_daemons
+from slurm_daemons import Slurm
+from tiny_study import FOUR_RUNS, arguments, tiny
+
+from sleeptrain.study import trial
+from sleeptrain.study.run import trials_folder
+
+ROOT = Path(__file__).resolve().parents[2]
+
+pytestmark = [
+    pytest.mark.more,
+    pytest.mark.skipif(
+        bool(slurm_daemons.missing()), reason=f"not installed: {', '.join(slurm_daemons.missing())}"
+    ),
+]
+
+
+def test_the_tasks_of_an_array_share_the_runs(tmp_path: Path) -> None:
+    """Each makes the next run that nobody has begun."""
+    folder, script = tmp_path / "study", str(ROOT / "launchers" / "study.sbatch")
+    sizes = (
+        "--cpus-per-task=1",
+        "--gpus-per-node=0",
+        "--time=10",
+        "--array=1-2",
+        f"--output={tmp_path}/%a.log",
+    )
+    environment = f"--export=ALL,PYTHON={sys.executable},OMP_NUM_THREADS=1"
+    with Slurm(tmp_path / "slurm") as slurm:
+        job = slurm.submit(ROOT, *sizes, environment, script, *arguments(folder, *FOUR_RUNS, "study.slots=1"))
+        for task in (1, 2):
+            ended = slurm.wait_for(f"{job}_{task}", ("COMPLETED", "FAILED"))
+            assert ended == "COMPLETED", (tmp_path / f"{task}.log").read_text()
+    made = sorted(trials_folder(tiny(folder)).iterdir())
+    assert len(made) == 4
+    for run in made:
+        assert (run / trial.RESULT).exists()
+        said = (run / "logs" / "rank_0.log").read_text()
+        assert said.count(f"run {run.name}: step 0 of 12") == 1
