@@ -190,6 +190,14 @@ class SleepConfig:
     )
     detach_state: bool = setting(False, "stop the gradient of the fast weights at window borders")
     learned_initial_state: bool = setting(False, "learn the fast weights that a sequence starts with")
+    halting: Literal["none", "learned"] = setting(
+        "none",
+        "learned: after each pass of sleep a sequence halts with a chance that it learns, and what it "
+        "remembers is the mean over the passes that may be its last",
+    )
+    halting_cost: float = setting(
+        0.01, "learned halting: nats that each expected pass beyond reading adds to the loss of a sequence"
+    )
     carry_between_batches: bool = setting(
         False,
         "row r of a batch goes on with the state (detached) that row r of the batch before left, unless a "
@@ -212,8 +220,23 @@ class SleepConfig:
             raise ConfigError(
                 f"sleep.min_passes={self.min_passes} must lie in 1..{self.num_passes} (sleep.num_passes)"
             )
-        _require_in("sleep", self, ("window_tokens", "backprop_passes"), 0)
+        _require_in("sleep", self, ("window_tokens", "backprop_passes", "halting_cost"), 0)
         _require_in("sleep", self, ("growth_fraction",), 0, 1)
+        if self.halting == "learned":
+            self._check_halting()
+
+    def _check_halting(self) -> None:
+        """Passes to leave out, a mixture of fast weights alone, and gradients that reach every pass."""
+        refused = (
+            (self.num_passes == 1, "num_passes=1", "there is no pass to leave out; raise it"),
+            (self.eviction == "sliding", "eviction=sliding", "keys of passes do not mix; use eviction=hard"),
+            (self.carries_convolution, "convolution=carried", "tails of passes do not mix; use reset"),
+            (self.backprop_passes, f"backprop_passes={self.backprop_passes}", "every pass learns; use 0"),
+            (self.detach_state, "detach_state=true", "only later windows can teach when to halt; use false"),
+        )
+        for is_so, setting_given, reason in refused:
+            if is_so:
+                raise ConfigError(f"sleep.halting=learned does not go with sleep.{setting_given}: {reason}")
 
 
 @dataclass(frozen=True)

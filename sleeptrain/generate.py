@@ -40,6 +40,10 @@ class GenerateConfig:
     tolerance: float = setting(
         0.0, "a sleep ends once a pass changes the fast weights by less than this share of their norm"
     )
+    halt_threshold: float | None = setting(
+        None,
+        "where sleep.halting=learned: it ends once the chance of having halted reaches this; null: 0.5",
+    )
     max_tokens: int = setting(200, "tokens to write")
     temperature: float = setting(0.0, "0: always the most likely token")
     top_p: float = setting(1.0, "draw among the fewest tokens whose probabilities add up to this")
@@ -99,6 +103,7 @@ def run(settings: GenerateConfig) -> None:
         settings.num_passes,
         device=settings.device,
         tolerance=settings.tolerance,
+        halt_threshold=settings.halt_threshold,
         on_sleep=tell,
     )
     if settings.load:

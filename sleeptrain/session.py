@@ -48,7 +48,8 @@ class Sleep(NamedTuple):
 class Session:
     """``num_sequences`` of any lengths, read side by side, with ``num_passes`` (None: as trained) in each
     sleep, or fewer once a pass changes the fast weights of a sequence by less than ``tolerance`` of their
-    norm.
+    norm, or, where halting is learned, once the chance of having halted reaches ``halt_threshold`` (None:
+    0.5).
 
     ``on_sleep`` hears of every sleep. Raises ConfigError or RunError where there is no usable checkpoint.
     """
@@ -60,14 +61,15 @@ class Session:
         num_sequences: int = 1,
         device: str = "auto",
         tolerance: float = 0.0,
+        halt_threshold: float | None = None,
         on_sleep: Callable[[Sleep], None] = lambda sleep: None,
     ) -> None:
         found = restore(Path(checkpoint), device)
         self.config, self.model, self.device = found.config, found.backend.model, found.backend.device
         self.num_passes = num_passes or found.config.sleep.num_passes
         require_passes(self.num_passes, found.config.model)
-        self.stop = Stop(tolerance)
-        self.stop.check()
+        self.stop = Stop(tolerance, halt_threshold)
+        self.stop.check(found.config.sleep)
         task = found.config.task
         self.tokenizer = make_tokenizer(task) if isinstance(task, TextConfig) else None
         self.on_sleep = on_sleep

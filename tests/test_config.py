@@ -71,6 +71,20 @@ def nested(flat: dict[str, Any]) -> dict[str, Any]:
         ({"sleep.min_passes": 3}, ["sleep.min_passes=3", "2"]),
         ({"sleep.min_passes": 0}, ["sleep.min_passes=0"]),
         ({"sleep.backprop_passes": -1}, ["sleep.backprop_passes=-1"]),
+        *(
+            (
+                {"sleep.halting": "learned", f"sleep.{name}": value},
+                ["sleep.halting=learned", f"sleep.{name}={str(value).lower()}"],
+            )
+            for name, value in (
+                ("num_passes", 1),
+                ("eviction", "sliding"),
+                ("convolution", "carried"),
+                ("backprop_passes", 1),
+                ("detach_state", True),
+            )
+        ),
+        ({"sleep.halting_cost": -0.1}, ["sleep.halting_cost=-0.1"]),
         ({"model.pattern": "attn swa:4"}, ["N=2", "'attn swa:4'", "gdn", "sleep.num_passes=1"]),
         ({"model.prelude_blocks": 2, "model.pattern": "attn gdn attn"}, ["N=2", "'attn gdn attn'"]),
         (

@@ -93,6 +93,16 @@ def test_it_sleeps_no_longer_than_its_memory_moves(run: Path) -> None:
     assert [s.num_passes for s in slept] == [5, 2]
 
 
+def test_it_sleeps_no_longer_than_it_has_learned_to(run: Path, tmp_path: Path) -> None:
+    config = replace(TEXT, sleep=replace(TEXT.sleep, halting="learned"))
+    learned, slept = saved(tmp_path / "learned", config), []
+    for threshold in (1.0, 0.2, 0.1):  # after each pass it halts with a chance of 0.12
+        Session(learned, halt_threshold=threshold, on_sleep=slept.append).feed("x" * WINDOW)
+    assert [s.num_passes for s in slept] == [3, 2, 1]
+    with pytest.raises(ConfigError, match=r"sleep\.halting=none"):
+        Session(run, halt_threshold=0.5)
+
+
 def test_a_saved_memory_goes_on_bit_equal_in_another_process(run: Path, tmp_path: Path) -> None:
     session, memory = Session(run), tmp_path / "memory.safetensors"
     session.feed(PROMPT)

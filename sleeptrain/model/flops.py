@@ -27,7 +27,8 @@ _PEAKS = {
 
 
 class Parameters(NamedTuple):
-    """Numbers of weights. A block's norm counts with what it precedes, the final norm with the head."""
+    """Numbers of weights. A block's norm counts with what it precedes, the final norm with the head, the
+    halting head with the memory."""
 
     embedding: int
     attention: int
@@ -77,10 +78,11 @@ def count_parameters(config: ModelConfig, sleep: SleepConfig, vocab_size: int) -
         for kind in (False, True)
     }
     start = _state_size(config) * len(_fast(blocks)) if sleep.learned_initial_state else 0
+    halting = width + 1 if sleep.halting == "learned" else 0
     return Parameters(
         embedding=vocab_size * width,
         attention=sizes[False],
-        memory=sizes[True] + start,
+        memory=sizes[True] + start + halting,
         mlp=len(blocks) * (width + _mlp_matrices(config)),
         head=width + (0 if config.tie_embeddings else vocab_size * width),
     )

@@ -4,7 +4,7 @@ degree.
 Linear weights N(0, init_std), embeddings N(0, embedding_init_std), norms 1; depthwise convolutions uniform
 within 1/sqrt(taps); A uniform in (0, 16), dt log-uniform in [1e-3, 0.1] (method: paper section 2.2 and
 Mamba-2). A Jet block starts with static kernels: the output weight of its kernel network is 0 and only its
-bias is drawn.
+bias is drawn. Learned halting starts rare, and the same everywhere: sigmoid(-2) = 0.12 after each pass.
 """
 
 import hashlib
@@ -14,6 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from sleeptrain.config import ModelConfig
+
+HALTING_BIAS = -2.0
 
 
 def initialise(model: nn.Module, config: ModelConfig, seed: int) -> None:
@@ -43,7 +45,9 @@ def draw(name: str, shape: torch.Size, config: ModelConfig, seed: int) -> Tensor
     if kind.endswith("_conv"):
         bound = shape[-1] ** -0.5
         return uniform(-bound, bound)
-    if name.startswith("initial_memory") or name.endswith("kernel_out.weight"):
+    if name == "halting_head.bias":
+        return torch.full(shape, HALTING_BIAS)
+    if name.startswith(("initial_memory", "halting_head")) or name.endswith("kernel_out.weight"):
         return torch.zeros(shape)
     std = config.embedding_init_std if name == "embed.weight" else config.init_std
     return torch.empty(shape).normal_(0.0, std, generator=generator)

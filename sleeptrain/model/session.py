@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from sleeptrain.model.halting import Halting, Stop
+from sleeptrain.model.halting import Stop
 from sleeptrain.model.sleep import SleepModel
 from sleeptrain.model.state import BlockState, KVCache, State
 from sleeptrain.model.visits import require_passes, segments_of
@@ -97,26 +97,25 @@ def sleep_until_settled(
     require_passes(num_passes, model.config)
     segments = segments_of(model.config)
     core = segments["core"]
-    halting = Halting(core, stop)
-    sleepers = halting.begin(session.hidden, valid=None)
+    halting = model.halting(num_passes, stop)
     if not session.position_tokens:
-        return session, sleepers.passes
+        return session, torch.ones(len(session.hidden), dtype=torch.long, device=session.hidden.device)
     ids = session.hidden.new_zeros(session.hidden.shape[:2], dtype=torch.long)
     tokens = model.tokens(ids, valid=None)
+    h, state, sleepers = halting.begin(session.hidden, session.state, valid=None)
     passes = Passes.opening(session.start)
     # Reading was pass 1. What the coda wrote awake is provisional where the coda runs once, after pass N.
     coda_again = "coda" in segments and model.sleep.schedule == "consolidate_or_predict"
     for name, blocks in segments.items():
         if not (name == "coda" and coda_again):
-            passes = passes.record(blocks, session.state)
-    h = session.hidden
+            passes = passes.record(blocks, state)
     for n in range(2, num_passes + 1):
         if not sleepers.moves.any():
             break
         before = passes.begin(n, awake=False)
         entering = model.final_norm(h) if model.sleep.norm_between_passes else h
         left, after = model.stack(entering, before, tokens, core, is_read=n < num_passes or coda_again)
-        h, after, sleepers = halting.go_on(sleepers, left, before, after, passes.latest)
+        h, after, sleepers = halting.go_on(n, sleepers, left, before, after, passes.latest, valid=None)
         passes = passes.record(core, after)
     if coda_again:
         before = passes.begin(num_passes, awake=False)

@@ -18,7 +18,7 @@ from torch.utils.checkpoint import checkpoint
 from sleeptrain.config import ModelConfig, SleepConfig
 from sleeptrain.memory import state_dtype
 from sleeptrain.model.dropout import Dropout, token_keys
-from sleeptrain.model.halting import Halting, Sleepers, Stop
+from sleeptrain.model.halting import Halting, HaltingHead, Sleepers, Stop
 from sleeptrain.model.hybrid import HybridStack
 from sleeptrain.model.init import initialise
 from sleeptrain.model.layers import RMSNorm, rotary_table
@@ -51,7 +51,8 @@ class Output(NamedTuple):
 
     ``state`` is what the planned visits left. They end with the last loss unless the batch is continued; to
     go on reading use ``sleeptrain.model.session``. ``passes`` ``[B, windows slept on]``, with a stop rule: as
-    many as each sequence made, reading included; 0 where a window holds none of its tokens.
+    many as each sequence made, reading included; where halting is learned and no rule is given, as it makes
+    on average, with their gradient. 0 where a window holds none of its tokens. None in all other cases.
     """
 
     loss_sum: Tensor
@@ -106,6 +107,8 @@ class SleepModel(nn.Module):
             starts = enumerate(self.stack.initial_state(1))
             learned = {str(i): nn.Parameter(s.memory[0]) for i, s in starts if s.memory is not None}
             self.initial_memory = nn.ParameterDict(learned)
+        if sleep.halting == "learned":
+            self.halting_head = HaltingHead(config.d_model, config.norm_eps)
         initialise(self, config, seed)
 
     @property
@@ -120,6 +123,14 @@ class SleepModel(nn.Module):
             return state
         learned = {int(i): p.expand(num_sequences, -1, -1, -1) for i, p in self.initial_memory.items()}
         return tuple(s._replace(memory=learned.get(i)) for i, s in enumerate(state))
+
+    def halting(self, num_passes: int, stop: Stop | None) -> Halting:
+        """What may end the passes over a window. Raises ConfigError for a rule that this model cannot
+        follow."""
+        if stop is not None:
+            stop.check(self.sleep)
+        head = self.halting_head if self.sleep.halting == "learned" else None
+        return Halting(segments_of(self.config)["core"], num_passes, head, stop)
 
     def windows(self, batch: Batch) -> list[Window]:
         return cut(batch.ids.shape[1], self.sleep.window_tokens, batch.windows_with_loss)
@@ -174,7 +185,7 @@ class SleepModel(nn.Module):
 
 class Carry(NamedTuple):
     """All that one visit leaves to the next: what the blocks hold, what the core left to its next pass where
-    the coda comes in between, and which sequences go on where they may stop."""
+    the coda comes in between, and how far the sequences are that may stop."""
 
     passes: Passes
     core_left: Tensor | None = None
@@ -186,7 +197,7 @@ class Walk:
 
     What lasts is ``carry`` alone, so that a schedule may take other batches in between, and cut the gradient
     there. ``nll`` and ``predictions`` ``[B, T]`` fill up where the head is held (``predictions`` without
-    gradients only), and ``passes_made`` ``[B, windows slept on]`` where there is a stop rule.
+    gradients only), and ``passes_made`` ``[B, windows slept on]`` where sequences may stop.
     """
 
     def __init__(
@@ -209,8 +220,8 @@ class Walk:
         self.carry = Carry(Passes.opening(initial))
         self.nll = torch.zeros(batch.ids.shape, dtype=model.dtype, device=batch.ids.device)
         self.predictions = torch.zeros_like(batch.ids)
-        self.halting = None if stop is None else Halting(model.held["core"], stop)
-        self.passes_made = None if stop is None else batch.ids[:, :0]
+        self.halting = model.halting(num_passes, stop)
+        self.passes_made = batch.ids[:, :0] if self.halting.is_on else None
 
     def visit(self, index: int, arrived: Tensor) -> tuple[Tensor, Tensor | None]:
         """One visit: ``arrived`` is what the visit before left, or the stage before; returns what this one
@@ -234,31 +245,31 @@ class Walk:
         learns = not visit.is_after_loss and (awake or visit.pass_number > self.num_cut)
         with torch.set_grad_enabled(torch.is_grad_enabled() and learns):
             left, after = self.model.run(h, before, tokens, visit)
-        if self.trace is not None:
-            self.trace += _norms(visit, before, after)
-        if visit.segment == "core" and self.sleeps:
-            left, after = self._halt(visit, left, before, after)
+            if self.trace is not None:
+                self.trace += _norms(visit, before, after)
+            if visit.segment == "core" and self.sleeps and self.halting.is_on:
+                left, after = self._halt(visit, left, before, after)
         held = self.model.held.get(visit.segment, range(0))
         self.carry = self.carry._replace(passes=self.carry.passes.record(held, after))
         return left, self._loss(left) if visit.has_loss and self.model.holds_head else None
 
     def _halt(self, visit: Visit, left: Tensor, before: State, after: State) -> tuple[Tensor, State]:
-        """After a pass of the core over a window slept on: what it leaves, where some sequences had
-        stopped."""
-        if self.halting is None:
-            return left, after
-        sleepers, kept = self.carry.sleepers, self.carry.passes.latest
+        """After a pass of the core over a window slept on: what it leaves where sequences may stop."""
+        sleepers, kept, valid = self.carry.sleepers, self.carry.passes.latest, self.tokens.valid
         if sleepers is None:
-            sleepers = self.halting.begin(left, self.tokens.valid)
+            left, after, sleepers = self.halting.begin(left, after, valid)
         else:
-            left, after, sleepers = self.halting.go_on(sleepers, left, before, after, kept)
+            states = (before, after, kept)
+            left, after, sleepers = self.halting.go_on(visit.pass_number, sleepers, left, *states, valid)
         self.carry = self.carry._replace(sleepers=sleepers)
         return left, after
 
     def _is_over(self, visit: Visit) -> bool:
         """Whether all sequences have stopped before this pass."""
         sleepers = self.carry.sleepers
-        return visit.segment == "core" and sleepers is not None and not bool(sleepers.moves.any())
+        if visit.segment != "core" or sleepers is None or self.halting.stop is None:
+            return False
+        return not bool(sleepers.moves.any())
 
     def _open(self, window: int) -> None:
         self.span = slice(self.windows[window].start, self.windows[window].stop)

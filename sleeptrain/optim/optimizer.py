@@ -1,7 +1,8 @@
 """Which weight is trained by what, and both optimizers behind one step (method: section 4).
 
 Muon trains the matrices of the blocks; AdamW everything else: embeddings, head, norms, biases, A_log,
-dt_bias, depthwise convolutions. Norms, A_log, dt_bias and learned initial fast weights take no weight decay.
+dt_bias, depthwise convolutions. Norms, A_log, dt_bias, learned initial fast weights and the bias of learned
+halting take no weight decay.
 """
 
 import torch
@@ -19,7 +20,8 @@ def is_muon(name: str, shape: torch.Size) -> bool:
 
 
 def takes_decay(name: str) -> bool:
-    return not ("norm" in name or "initial_memory" in name or name.endswith(("A_log", "dt_bias")))
+    exempt = "norm" in name or "initial_memory" in name
+    return not (exempt or name.endswith(("A_log", "dt_bias", "halting_head.bias")))
 
 
 class MuonAdamW:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from sleeptrain.checkpoint.slices import Slice, whole
-from sleeptrain.config import Config
+from sleeptrain.config import Config, SleepConfig
 from sleeptrain.data.batch import Batch
 from sleeptrain.model.halting import Stop
 from sleeptrain.model.sleep import Output, PassTrace, SleepModel
@@ -60,7 +60,8 @@ class LocalBackend:
         self.carried = Carried(self.model, config.data.batch_sequences)
 
     def forward_backward(self, batch: Batch, num_passes: int, traced: bool = False) -> StepResult:
-        """Gradients of the mean loss over the batch's targets, summed over its microbatches."""
+        """Gradients of the mean loss over the batch's targets, summed over its microbatches; where halting is
+        learned of its cost, too."""
         micro, num_targets = self.config.data.micro_batch, batch.num_targets
         loss = torch.zeros((), device=self.device)
         trace: list[PassTrace] = []
@@ -70,7 +71,8 @@ class LocalBackend:
             with self.autocast():
                 output = self.model(part, num_passes, state, trace if traced else None, self.carried.is_on)
                 part_loss = output.loss_sum / num_targets
-            part_loss.backward()
+                cost = halting_cost(output, self.config.sleep) / len(batch.ids)
+            (part_loss + cost).backward()
             loss += part_loss.detach()
             self.carried.write(rows, output.state)
         return StepResult(loss + self.carried.doubt(), mean_norms(trace))
@@ -131,6 +133,11 @@ class LocalBackend:
     def autocast(self) -> AbstractContextManager:
         """What every forward pass is inside of."""
         return autocast(self.config, self.device)
+
+
+def halting_cost(output: Output, sleep: SleepConfig) -> Tensor | float:
+    """Of the expected passes beyond reading, in nats, summed over sequences and the windows they sleep on."""
+    return 0.0 if output.passes is None else sleep.halting_cost * (output.passes - 1).clamp_min(0).sum()
 
 
 def mean_norms(trace: list[PassTrace]) -> dict[int, tuple[float, float]]:

@@ -60,6 +60,7 @@ TABLE = (
     ("*.mlp.up_proj.weight", COLUMN),
     ("*.mlp.down_proj.weight", ROW),
     ("*_norm.weight", REPLICATED),
+    ("halting_head.*", REPLICATED),
 )
 
 
@@ -177,6 +178,8 @@ def _shares(config: Config, vocab_size: int, stage: int) -> list[Share]:
             is_first = on_first and name == "embed.weight"
             is_last = on_last and name != "embed.weight"
             return is_first or is_last or ((on_first or on_last) and is_on_both_ends(name, config))
+        if name.startswith("halting_head"):
+            return on_last
         return int(name.removeprefix("stack.blocks.").removeprefix("initial_memory.").split(".")[0]) in here
 
     return [
@@ -188,13 +191,15 @@ def _shares(config: Config, vocab_size: int, stage: int) -> list[Share]:
 
 def logical_shapes(config: Config, vocab_size: int) -> dict[str, torch.Size]:
     """Of every weight of the whole model."""
-    return _shapes(config.model, config.sleep.learned_initial_state, vocab_size)
+    weights = SleepConfig(
+        learned_initial_state=config.sleep.learned_initial_state, halting=config.sleep.halting
+    )
+    return _shapes(config.model, weights, vocab_size)
 
 
 @lru_cache(maxsize=4)
-def _shapes(config: ModelConfig, learned_initial_state: bool, vocab_size: int) -> dict[str, torch.Size]:
+def _shapes(config: ModelConfig, sleep: SleepConfig, vocab_size: int) -> dict[str, torch.Size]:
     with torch.device("meta"):
-        sleep = SleepConfig(learned_initial_state=learned_initial_state)
         model = SleepModel(config, sleep, vocab_size)
     return {name: parameter.shape for name, parameter in model.named_parameters()}
 

@@ -105,6 +105,11 @@ def open_place(config: Config, vocab_size: int, sequence_tokens: int) -> Iterato
     if is_alone(config):
         yield Alone()
         return
+    if config.sleep.halting == "learned":
+        raise ConfigError(
+            "sleep.halting=learned is for one process of plain torch, and this run is spread over several; "
+            "start one, with all degrees of parallel.* at 1, or use sleep.halting=none"
+        )
     _quieten_libraries()
     from sleeptrain.parallel.check import check_degrees
     from sleeptrain.parallel.failure import failing_together

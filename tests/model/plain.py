@@ -192,8 +192,10 @@ def plain_nll(
     targets: Tensor,
     windows: Spans,
     num_passes: int,
+    expected: list[Tensor] | None = None,
 ) -> Tensor:
-    """Loss of every token ``[B, T]``, zero in windows without loss."""
+    """Loss of every token ``[B, T]``, zero in windows without loss; ``expected`` collects the mean number of
+    passes ``[B]`` over each window that is slept on, where halting is learned."""
     remembered, parts = initial(model, len(ids)), []
     for start, stop, has_loss in windows:
         h, nll = model.embed(ids[:, start:stop]), None
@@ -201,7 +203,8 @@ def plain_nll(
         now = [Remembered(b.memory, None, []) for b in remembered]
         trips = trips_of(model, has_loss, num_passes)
         cut = trips[-1][0] - (model.sleep.backprop_passes or num_passes)
-        reached = 1
+        reached, made = 1, []
+        core_trips = [n for n, blocks in trips if blocks == core_of(model)]
         for n, blocks in trips:
             if n > reached and blocks.start == model.config.prelude_blocks and len(blocks):
                 reached = n
@@ -214,6 +217,14 @@ def plain_nll(
                 left = run_block(model, i, left, positions, n, has_loss and n == 1, remembered[i], now[i])
             if blocks.stop <= len(model.stack.blocks) - model.config.coda_blocks:
                 h = left
+            if blocks == core_of(model) and model.sleep.halting == "learned" and len(core_trips) > 1:
+                made.append((h, [now[i].memory for i in blocks]))
+                if n == core_trips[-1]:
+                    h, memories, mean = mixture(model, made)
+                    for i, memory in zip(blocks, memories):
+                        now[i].memory = memory
+                    if expected is not None:
+                        expected.append(mean)
             if n == 1 and has_loss:
                 nll = model.head(model.final_norm(left)).log_softmax(-1)
                 nll = -nll.gather(2, targets[:, start:stop, None]).squeeze(2)
@@ -222,6 +233,31 @@ def plain_nll(
             survive(model.sleep, block)
         remembered = now
     return torch.cat(parts, dim=1)
+
+
+def core_of(model: SleepModel) -> range:
+    return range(model.config.prelude_blocks, len(model.stack.blocks) - model.config.coda_blocks)
+
+
+def mixture(
+    model: SleepModel, made: list[tuple[Tensor, list[Tensor]]]
+) -> tuple[Tensor, list[Tensor], Tensor]:
+    """By the chance of each pass to be the last: of h, of the fast weights, and the mean number of passes."""
+    head, goes_on, chances = model.halting_head, torch.ones(len(made[0][0]), dtype=made[0][0].dtype), []
+    for h, _ in made[:-1]:
+        mean = (h / (h.square().mean(-1, keepdim=True) + model.config.norm_eps).sqrt()).mean(1)
+        halts = torch.sigmoid(mean @ head.weight + head.bias)
+        chances.append(goes_on * halts)
+        goes_on = goes_on * (1 - halts)
+    chances.append(goes_on)
+    h = sum(p[:, None, None] * h for p, (h, _) in zip(chances, made))
+    memories = [
+        sum(p.view(-1, 1, 1, 1) * s for p, s in zip(chances, of_block))
+        if of_block[0].dim() == 4
+        else of_block[0]
+        for of_block in zip(*(memories for _, memories in made))
+    ]
+    return h, memories, sum((n + 1) * p for n, p in enumerate(chances))
 
 
 def run_block(

@@ -155,6 +155,7 @@ def test_memory_flops_by_hand() -> None:
     [
         (HYBRID, SLEEP),
         (replace(HYBRID, tie_embeddings=True, rule="delta"), SLEEP),
+        (HYBRID, replace(SLEEP, halting="learned", num_passes=2)),
         (replace(HYBRID, rule="gated_hebbian", mlp_dim=20), replace(SLEEP, learned_initial_state=True)),
     ],
 )

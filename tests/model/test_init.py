@@ -2,6 +2,7 @@
 
 import math
 
+import pytest
 import torch
 
 from sleeptrain.config import ModelConfig, SleepConfig
@@ -53,6 +54,12 @@ def test_jet_starts_static_and_can_learn() -> None:
 def test_a_learned_initial_state_starts_at_zero() -> None:
     found = weights("attn gdn", sleep={"learned_initial_state": True})
     assert (found["initial_memory.1"] == 0).all()
+
+
+def test_halting_starts_rare_and_the_same_everywhere() -> None:
+    found = weights("attn gdn", sleep={"halting": "learned"})
+    assert (found["halting_head.weight"] == 0).all()
+    assert found["halting_head.bias"].sigmoid().tolist() == pytest.approx([0.119], abs=1e-3)
 
 
 def test_tied_head() -> None:

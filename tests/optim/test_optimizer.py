@@ -5,7 +5,7 @@ import torch
 
 from sleeptrain.config import ModelConfig, OptimConfig, SleepConfig
 from sleeptrain.model import SleepModel
-from sleeptrain.optim.optimizer import MuonAdamW
+from sleeptrain.optim.optimizer import MuonAdamW, is_muon, takes_decay
 
 ATTENTION = {"q_proj", "k_proj", "v_proj", "o_proj"}
 FAST_WEIGHT = ATTENTION | {"a_proj", "b_proj", "g_proj"}
@@ -53,6 +53,12 @@ def test_norms_gates_and_initial_state_take_no_decay() -> None:
     }
     undecayed = {n.split(".")[-1] if "norm" not in n else "norm" for n in names(optimizer, without["params"])}
     assert undecayed == {"norm", "A_log", "dt_bias", "1", "2"}
+
+
+def test_of_learned_halting_the_bias_takes_no_decay() -> None:
+    assert takes_decay("halting_head.weight")
+    assert not takes_decay("halting_head.bias")
+    assert not is_muon("halting_head.weight", torch.Size([8]))
 
 
 def test_the_first_adamw_step_and_the_factor_on_both_rates() -> None:

@@ -1,6 +1,7 @@
 """The local backend: accumulation, clipping, refusal of bad gradients, and going on from a saved state."""
 
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -85,6 +86,40 @@ def test_loss_is_the_mean_per_target() -> None:
     norms = backend.forward_backward(batch(backend), 2, traced=True).memory_norms
     assert norms.keys() == {1, 2}
     assert all(norm > 0 and update > 0 for norm, update in norms.values())
+
+
+def learning_to_halt(micro: int | None, cost: float, **optim: float) -> LocalBackend:
+    backend = build(micro, **optim)
+    sleep = replace(backend.config.sleep, halting="learned", num_passes=4, halting_cost=cost)
+    return LocalBackend(replace(backend.config, sleep=sleep), make_task(backend.config.task).vocab_size)
+
+
+def test_the_cost_of_halting_is_per_sequence_and_not_part_of_the_loss() -> None:
+    """Whatever the microbatches and the number of targets; here each pass halts with the chance 0.12."""
+    goes_on = 1 - torch.sigmoid(torch.tensor(-2.0, dtype=torch.float64))
+    slope = -(goes_on + 2 * goes_on**2 + 3 * goes_on**3) * (1 - goes_on)  # of a window's passes by the bias
+    for micro in (None, 2):
+        found = []
+        for cost in (0.0, 0.5):
+            backend = learning_to_halt(micro, cost)
+            result = backend.forward_backward(batch(backend), 4)
+            found.append((result.loss, backend.model.halting_head.bias.grad))
+        assert torch.equal(found[0][0], found[1][0])
+        two_windows = 0.5 * 2 * slope.float()
+        torch.testing.assert_close(found[1][1] - found[0][1], two_windows[None], rtol=1e-4, atol=1e-6)
+
+
+def test_a_cost_makes_sleep_shorter() -> None:
+    means = []
+    for cost in (0.0, 1.0):
+        backend = learning_to_halt(None, cost, adamw_lr=0.03)
+        for step in range(8):
+            result = backend.forward_backward(batch(backend, step), 4)
+            backend.step(1.0, result.loss)
+        means.append(float(backend.evaluate(batch(backend), 4).passes.mean()))
+        made = backend.evaluate(batch(backend), 4, Stop(halt_threshold=0.3)).passes
+        assert 1 <= made.min() <= made.max() <= 4
+    assert means[1] < means[0] - 0.1
 
 
 def test_an_evaluation_may_stop_its_passes() -> None:

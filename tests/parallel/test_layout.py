@@ -23,7 +23,7 @@ from sleeptrain.config import (
     TextConfig,
 )
 from sleeptrain.data.batch import Batch
-from sleeptrain.model.flops import activation_bytes
+from sleeptrain.model.flops import activation_bytes, count_parameters
 from sleeptrain.model.visits import cut, plan
 from sleeptrain.parallel.layout import (
     blocks_of_stage,
@@ -245,6 +245,17 @@ def test_plain_torch_has_no_masters_and_offloading_none_on_the_device() -> None:
     assert fixed_bytes(local, shares, 1)[1] == 0
     parallel = ParallelConfig(data_size=2, offload_optimizer=True)
     assert fixed_bytes(replace(local, parallel=parallel), shares, 2)[1::2] == (0, 0)
+
+
+def test_the_weights_of_learned_halting_count() -> None:
+    config = replace(spread(), parallel=ParallelConfig())
+    sizes = []
+    for halting in ("none", "learned"):
+        sleep = replace(config.sleep, halting=halting)
+        shares = shares_of_stage(replace(config, sleep=sleep), VOCAB, 0)
+        sizes.append(sum(share.num_elements for share in shares))
+        assert sizes[-1] == sum(count_parameters(config.model, sleep, VOCAB))
+    assert sizes[1] == sizes[0] + config.model.d_model + 1
 
 
 def test_the_fullest_moment_is_backward_or_update() -> None:
