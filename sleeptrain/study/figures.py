@@ -1,6 +1,6 @@
 """Figures of a report: SVG that reads without the text beside it, the same bytes from the same data."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +10,7 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import EngFormatter
 
 from sleeptrain.study import words
 from sleeptrain.study.collect import Data, Row, by_value, values_of
@@ -109,22 +110,24 @@ def draw_learning_curves(data: Data, points: Sequence[Row], metric: str, path: P
                         label=words.value(NUM_PASSES, point[NUM_PASSES]),
                     )
                 axis.set_xlabel("tokens" if unit == "tokens" else "training FLOPs")
+                axis.xaxis.set_major_formatter(EngFormatter(sep=" "))
                 axis.set_ylabel(label)
         _legend(axes)
     return True
 
 
-def draw_passes_made(rows: Sequence[Row], kinds: dict[str, str], difficulty_name: str, path: Path) -> None:
-    """The metric against the passes made on average: a line for each kind of stopping (``kinds`` by the start
-    of the column ``stop``), a point for each of its settings, means over seeds; a panel for each
-    difficulty."""
-    by_difficulty = by_value(rows, "difficulty")
-    with _figure(len(by_difficulty), path, "When each sequence stops by itself") as axes:
-        for axis, (difficulty, inside) in zip(axes, by_difficulty.items()):
-            for index, (start, label) in enumerate(kinds.items()):
+def draw_passes_made(
+    lines: Mapping[str, Sequence[Row]], difficulty_name: str, path: Path, title: str
+) -> None:
+    """The metric against the passes made on average: a point for each N or rule of a line, means over seeds;
+    a panel for each difficulty."""
+    difficulties = values_of([row for rows in lines.values() for row in rows], "difficulty")
+    with _figure(len(difficulties), path, title) as axes:
+        for axis, difficulty in zip(axes, difficulties):
+            for index, (label, rows) in enumerate(lines.items()):
                 settings: dict[Any, list[Row]] = {}
-                for row in inside:
-                    if row["stop"].partition(" ")[0] == start:
+                for row in rows:
+                    if row["difficulty"] == difficulty:
                         settings.setdefault((row["stop"], row["eval_passes"]), []).append(row)
                 places = sorted(
                     tuple(estimate([row[key] for row in of_one]).mean for key in ("passes", "value"))
@@ -133,7 +136,7 @@ def draw_passes_made(rows: Sequence[Row], kinds: dict[str, str], difficulty_name
                 axis.plot(*zip(*places), color=COLOURS[index], marker=MARKERS[index], label=label)
             axis.set_xlabel("passes made over a window, mean")
             axis.set_title(words.value("difficulty", difficulty, difficulty_name), fontsize=10)
-        axes[0].set_ylabel(words.metric(rows[0]["metric"]))
+        axes[0].set_ylabel(words.metric(next(iter(lines.values()))[0]["metric"]))
         _legend(axes)
 
 

@@ -5,6 +5,7 @@ import platform
 import subprocess
 from collections.abc import Iterator
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -209,17 +210,20 @@ def _matrix(r: Reporter) -> Made:
 
 
 def _adaptive(r: Reporter) -> Made:
-    """Accuracy against the passes that sequences make when each stops by itself, beside fixed N."""
+    """Accuracy against the passes that sequences make when each stops by itself, beside fixed N: of the
+    models with the largest N."""
     rows = r.data.select(metric=r.asked.study.metric, role="grid", budget=r.asked.study.budgets[0])
-    models = {row["trial"] for row in rows if row["stop"]}
-    rows = [row for row in rows if row["trial"] in models]
-    kinds = {k: v for k, v in _KINDS.items() if k in {row["stop"].partition(" ")[0] for row in rows}}
-    if len(kinds) > 1:
-        figures.draw_passes_made(rows, kinds, r.data.difficulty_name, r.path("adaptive.svg"))
-        yield (
-            "Passes only as long as they help",
-            [Text(_ADAPTIVE), r.picture("adaptive.svg", _ADAPTIVE_CAPTION)],
-        )
+    if not any(row["stop"] for row in rows):
+        return
+    most = max(row[NUM_PASSES] for row in rows)
+    lines: dict[str, list[Row]] = {}
+    for row in rows:
+        if row[NUM_PASSES] == most and row["eval_passes"] <= most:
+            kind = _KINDS[row["stop"].partition(" ")[0]]
+            lines.setdefault(", ".join(part for part in (row["arm"], kind) if part), []).append(row)
+    title = f"When each sequence stops by itself; trained with N = {most}"
+    figures.draw_passes_made(lines, r.data.difficulty_name, r.path("adaptive.svg"), title)
+    yield "Passes only as long as they help", [Text(_ADAPTIVE), r.picture("adaptive.svg", _ADAPTIVE_CAPTION)]
 
 
 _KINDS = {"": "fixed N", "tolerance": "until the state settles", "threshold": "learned halting"}
@@ -340,8 +344,9 @@ def machine() -> str:
     return f"{torch.cuda.get_device_name()}, {processor}" if torch.cuda.is_available() else processor
 
 
+@cache
 def commit() -> str:
-    """Of the code, where it is a checkout."""
+    """Of the code, where it is a checkout: before the report changes it."""
     command = ["git", "-C", str(CONFIGS), "describe", "--always", "--dirty"]
     done = subprocess.run(command, capture_output=True, text=True)
     return done.stdout.strip() if done.returncode == 0 else "unknown"

@@ -21,7 +21,7 @@ import torch
 from tqdm import tqdm
 
 from sleeptrain.config import Config
-from sleeptrain.engine.resilience import EXIT_REQUEUE, RunLock, RunLockedError
+from sleeptrain.engine.resilience import EXIT_REQUEUE
 from sleeptrain.study import trial
 from sleeptrain.study.forks import forks
 from sleeptrain.study.plan import eval_passes
@@ -30,6 +30,7 @@ from sleeptrain.study.trial import Request
 
 PROGRAM = ("-m", "sleeptrain.study.trial")
 POLL_SECONDS, LOOK_SECONDS = 0.2, 1.0
+LINE_SECONDS = 30.0  # between two states of the bar where it goes to a file
 STEP_ROW_BYTES = 4096  # more than a row of metrics has
 
 
@@ -49,7 +50,7 @@ def request_of(study: Study, config: Config) -> Request:
     """What the study asks of a run."""
     passes = eval_passes(study, config)
     sizes = (study.difficulties, study.eval_task, study.num_examples)
-    return Request(passes, *sizes, study.probes, study.tolerances)
+    return Request(passes, *sizes, study.probes, study.tolerances, study.halt_thresholds)
 
 
 def is_done(asked: Asked, name: str, config: Config) -> bool:
@@ -157,26 +158,17 @@ def _on_ray(asked: Asked, todo: dict[str, Config], progress: "Progress", stops: 
 
 def _is_free(asked: Asked, name: str, config: Config) -> bool:
     """Whether nobody else makes the run, or has made it since we looked."""
-    return not is_taken(trials_folder(asked) / name) and not is_done(asked, name, config)
-
-
-def is_taken(folder: Path) -> bool:
-    """Whether another process trains there."""
-    try:
-        RunLock(folder).check()
-    except RunLockedError:
-        return True
-    return False
+    return not trial.is_taken(trials_folder(asked) / name) and not is_done(asked, name, config)
 
 
 def _outcome(asked: Asked, todo: dict[str, Config], codes: dict[str, int]) -> Outcome:
     left = [name for name, config in todo.items() if not is_done(asked, name, config)]
     is_stopped = EXIT_REQUEUE in codes.values() or any(name not in codes for name in left)
-    elsewhere = [name for name in left if is_taken(trials_folder(asked) / name)]
+    elsewhere = [name for name in left if trial.is_taken(trials_folder(asked) / name)]
     failed = {
         name: failure_of(trials_folder(asked) / name)
         for name in left
-        if name not in elsewhere and codes.get(name, EXIT_REQUEUE) != EXIT_REQUEUE
+        if name not in elsewhere and codes.get(name, EXIT_REQUEUE) not in (EXIT_REQUEUE, trial.EXIT_TAKEN)
     }
     return Outcome(failed, elsewhere, is_stopped and len(elsewhere) < len(left) and not failed)
 
@@ -212,7 +204,10 @@ class Progress:
         self._looked_at = -math.inf
 
     def __enter__(self) -> "Progress":
-        self._bar = tqdm(total=self.total, initial=self._made(), unit="step", smoothing=0.05)
+        often = LOOK_SECONDS if sys.stderr.isatty() else LINE_SECONDS
+        self._bar = tqdm(
+            total=self.total, initial=self._made(), unit="step", smoothing=0.05, mininterval=often
+        )
         self.update()
         return self
 

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 
 from sleeptrain.study import trial, words
 from sleeptrain.study.plan import Plan, Point
-from sleeptrain.study.run import failure_of, is_done, is_taken, step_of, trials_folder
+from sleeptrain.study.run import failure_of, is_done, step_of, trials_folder
 from sleeptrain.study.spec import NUM_PASSES, Asked
 
 REFRESH_SECONDS = 5.0
@@ -28,7 +28,7 @@ def _state(asked: Asked, plan: Plan, name: str) -> str:
     folder = trials_folder(asked) / name
     if is_done(asked, name, plan.trials[name]):
         return "done"
-    if is_taken(folder):
+    if trial.is_taken(folder):
         return "running"
     if failure_of(folder):
         return "failed"

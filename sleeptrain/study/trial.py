@@ -24,12 +24,15 @@ from sleeptrain.config import Config
 from sleeptrain.engine import restored
 from sleeptrain.engine.evaluation import evaluate
 from sleeptrain.engine.metrics import read_metrics
+from sleeptrain.engine.resilience import RunLock, RunLockedError
 from sleeptrain.engine.resume import versions
 from sleeptrain.model.halting import Stop
 from sleeptrain.schema import ConfigError, RunError, from_dict, setting, to_dict, with_changes
 from sleeptrain.study import probes
 from sleeptrain.study.cost import task_of
 
+EXIT_TAKEN = 76  # beside those of the training
+CLAIM = "claim"  # whoever trains or scores holds the lock in this folder
 TRIAL, RESULT, SCORES, ERROR = "trial.json", "result.json", "scores.safetensors", "error.txt"
 
 
@@ -43,6 +46,7 @@ class Request:
     num_examples: int = setting(1024, "examples per difficulty")
     probes: tuple[str, ...] = setting((), "further measurements")
     tolerances: tuple[float, ...] = setting((), "also with the N of the training, until the state settles")
+    halt_thresholds: tuple[float, ...] = setting((), "also, where halting is learned, until it reaches this")
 
 
 def prepare(folder: Path, config: Config, request: Request) -> None:
@@ -59,13 +63,31 @@ def result_of(folder: Path, request: Request | None = None) -> dict[str, Any] | 
     if not path.exists():
         return None
     result: dict[str, Any] = json.loads(path.read_text())
-    return result if request is None or result["request"] == to_dict(request) else None
+    return result if request is None or from_dict(Request, result["request"]) == request else None
 
 
 def run(folder: Path) -> int:
-    """Trains and scores; returns the exit code of the training. Why it failed is in ``error.txt``."""
+    """Trains and scores; returns the exit code of the training, or EXIT_TAKEN where another process is at
+    it. Why it failed is in ``error.txt``."""
     document = json.loads((folder / TRIAL).read_text())
     config, request = from_dict(Config, document["config"]), from_dict(Request, document["request"])
+    try:
+        with RunLock(folder / CLAIM):
+            return 0 if result_of(folder, request) else _train_and_score(folder, config, request)
+    except RunLockedError:
+        return EXIT_TAKEN
+
+
+def is_taken(folder: Path) -> bool:
+    """Whether another process makes the run."""
+    try:
+        RunLock(folder / CLAIM).check()
+    except RunLockedError:
+        return True
+    return False
+
+
+def _train_and_score(folder: Path, config: Config, request: Request) -> int:
     (folder / ERROR).unlink(missing_ok=True)
     code = _train(config, folder)
     if code:
@@ -128,6 +150,8 @@ def stops_of(request: Request, config: Config) -> dict[str, Stop]:
     """By name, the rules by which sequences stop before all passes are made, where there is more than one."""
     if config.sleep.num_passes == 1:
         return {}
+    if config.sleep.halting == "learned":
+        return {f"threshold {h:g}": Stop(halt_threshold=h) for h in request.halt_thresholds}
     return {f"tolerance {tolerance:g}": Stop(tolerance=tolerance) for tolerance in request.tolerances}
 
 

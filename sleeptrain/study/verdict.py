@@ -70,40 +70,67 @@ def _pair(data: Data, ours: Sequence[Row], theirs: Sequence[Row]) -> Paired | No
 
 
 def sentences(data: Data, metric: str, budgets: Sequence[str], axes: Sequence[str]) -> list[str]:
-    """A sentence for each budget, over all places of the grid, and what follows from them."""
-    told = []
-    for budget in budgets:
-        gains = []
-        for cell in cells(data, metric, axes):
-            compared = [a for a in against_one(data, metric, cell, budget) if a.paired is not None]
-            gains += [(a, cell) for a in compared]
-        if gains:
-            told.append(_sentence(budget, metric, gains, data.difficulty_name, axes))
+    """One for each budget, over all places of the grid, and what follows from them."""
+    gains = {budget: _gains(data, metric, budget, axes) for budget in budgets}
+    gains = {budget: found for budget, found in gains.items() if found}
+    told = [_sentence(b, metric, found, data.difficulty_name, axes) for b, found in gains.items()]
+    if {"tokens", "flops"} <= gains.keys():
+        per_token, per_flop = (_share_ahead(gains[b], metric) for b in ("tokens", "flops"))
+        told.append(_CONCLUSIONS[per_token > 0.5, per_flop > 0.5])
     return told
 
 
-def _sentence(
-    budget: str,
-    metric: str,
-    gains: Sequence[tuple[Against, dict[str, Any]]],
-    difficulty_name: str,
-    axes: Sequence[str],
-) -> str:
-    sign = -1 if is_less_better(metric) else 1
-    ahead = [a for a, _ in gains if a.paired and sign * a.paired.gain.mean > 0]
-    sure = [a for a in ahead if a.paired and _is_sure(a.paired.gain)]
-    behind = [a for a, _ in gains if a.paired and sign * a.paired.gain.mean < 0 and _is_sure(a.paired.gain)]
-    best, cell = max(gains, key=lambda pair: sign * pair[0].paired.gain.mean)  # type: ignore[union-attr]
-    assert best.paired is not None
-    gain = best.paired.gain
+_CONCLUSIONS = {
+    (True, True): "More passes learn more from the same tokens, and from the same compute, too.",
+    (True, False): (
+        "More passes learn more from the same tokens, but less from the same compute: at this scale the "
+        "compute of sleep is better spent on training the plain hybrid for longer."
+    ),
+    (False, True): "More passes do not learn more from the same tokens; they are ahead at equal compute.",
+    (False, False): "More passes do not help at this scale, neither at equal tokens nor at equal compute.",
+}
+
+Gains = list[tuple[Against, dict[str, Any]]]
+
+
+def _gains(data: Data, metric: str, budget: str, axes: Sequence[str]) -> Gains:
+    """Of every N > 1 over N = 1, at every place of the grid."""
+    return [
+        (one, cell)
+        for cell in cells(data, metric, axes)
+        for one in against_one(data, metric, cell, budget)
+        if one.paired is not None
+    ]
+
+
+def _share_ahead(gains: Gains, metric: str) -> float:
+    return sum(_sign(metric) * _gain(one).mean > 0 for one, _ in gains) / len(gains)
+
+
+def _sentence(budget: str, metric: str, gains: Gains, difficulty_name: str, axes: Sequence[str]) -> str:
+    sign = _sign(metric)
+    ahead = [one for one, _ in gains if sign * _gain(one).mean > 0]
+    sure = [one for one in ahead if _is_sure(_gain(one))]
+    behind = [one for one, _ in gains if sign * _gain(one).mean < 0 and _is_sure(_gain(one))]
+    farthest = max if ahead else min
+    best, cell = farthest(gains, key=lambda pair: sign * _gain(pair[0]).mean)
+    gain, where = _gain(best), place(cell, difficulty_name, axes)
     spread = "" if math.isnan(gain.half_width) else f" ± {gain.half_width:.3f}"
-    where = place(cell, difficulty_name, axes)
     return (
         f"At {words.BUDGETS[budget]}, N > 1 is ahead of N = 1 in {len(ahead)} of {len(gains)} comparisons, "
-        f"in {len(sure)} of them by more than the 95 % interval over seeds; it is surely behind in "
-        f"{len(behind)}. Largest gain: N = {best.num_passes}{where}, {gain.mean:+.3f}{spread} in "
-        f"{words.metric(metric)}, ahead in {best.paired.seeds_ahead} of {gain.num_seeds} seeds."
+        f"in {len(sure)} of them by more than the 95 % interval over seeds; it is behind by more than that "
+        f"in {len(behind)}. The largest {'gain' if ahead else 'loss'}: {gain.mean:+.3f}{spread} in "
+        f"{words.metric(metric)}, with N = {best.num_passes}{where}."
     )
+
+
+def _sign(metric: str) -> int:
+    return -1 if is_less_better(metric) else 1
+
+
+def _gain(one: Against) -> Estimate:
+    assert one.paired is not None
+    return one.paired.gain
 
 
 def _is_sure(gain: Estimate) -> bool:

@@ -108,6 +108,6 @@ def test_arms_and_rates_multiply_the_grid(tmp_path: Path) -> None:
     arms = "study.arms={gated: {}, plain: {model.rule: delta}}"
     rates = "study.best_of={optim.muon_lr: [0.01, 0.02]}"
     planned = plan(tiny(tmp_path, arms, rates, "study.budgets=[tokens]", "study.controls=[]"), lambda c: 1.0)
-    assert len(planned.points) == len(planned.trials) == 2 * 2 * 2 * 2 * 2
+    assert len(planned.points) == len(planned.trials) == 2 * 2 * 2 * 2
     assert {config.model.rule for config in planned.trials.values()} == {"gated_delta", "delta"}
     assert {point.tried["optim.muon_lr"] for point in planned.points} == {0.01, 0.02}

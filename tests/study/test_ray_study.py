@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 from ray_daemons import Ray
-from tiny_study import FOUR_RUNS, arguments, tiny
+from tiny_study import TWO_RUNS, arguments, tiny
 
 from sleeptrain.study import trial
 from sleeptrain.study.plan import plan
@@ -27,7 +27,7 @@ def test_a_study_on_ray_is_that_of_this_process(tmp_path: Path) -> None:
     """Also where a task is killed: Ray starts it again, and the run goes on."""
     there, here = tmp_path / "there", tmp_path / "here"
     with Ray() as ray:
-        command = [sys.executable, "-m", "sleeptrain.study", *arguments(there, *FOUR_RUNS, "study.where=ray")]
+        command = [sys.executable, "-m", "sleeptrain.study", *arguments(there, *TWO_RUNS, "study.where=ray")]
         environment = ray.environ | {"RAY_ADDRESS": f"127.0.0.1:{ray.port}"}
         study = subprocess.Popen(
             command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
@@ -42,7 +42,7 @@ def test_a_study_on_ray_is_that_of_this_process(tmp_path: Path) -> None:
         output, _ = study.communicate(timeout=240)
         assert study.returncode == 0, output
     assert (there / "report" / "index.html").exists()
-    asked = tiny(here, *FOUR_RUNS, "study.where=process")
+    asked = tiny(here, *TWO_RUNS, "study.where=process")
     run(asked, plan(asked, lambda config: 1.0).trials)
-    assert len(files(here)) == 4
+    assert len(files(here)) == 2
     assert files(there) == files(here)

@@ -75,7 +75,7 @@ def test_what_is_wrong_is_said_in_a_sentence(arguments: list[str], sentence: str
     ("settings", "sentence"),
     [
         (["optim.num_stesp=3"], "unknown setting 'optim.num_stesp'"),
-        (["task.width=9"], "sleep.window_tokens=8 does not fit task rule110"),
+        (["task.width=9"], "sleep.window_tokens=10 does not fit task rule110"),
         (["study.difficulties=[-1]"], "eval.difficulties holds -1"),
     ],
 )

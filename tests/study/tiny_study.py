@@ -8,9 +8,9 @@ from sleeptrain.study.spec import Asked, ask
 
 SIZES = [setting for setting in TINY if not setting.startswith(("eval.", "optim.", "log.", "checkpoint."))]
 FEW = ("optim.num_steps=12", "optim.warmup_steps=2", "log.every_steps=3", "eval.every_steps=6")
-FEWER = ("eval.num_examples=16", "study.num_examples=32", "checkpoint.every_steps=3")
-GRID = "study.grid={sleep.num_passes: [1, 2], task.steps: [1, 2]}"
-FOUR_RUNS = ("study.seeds=[0]", "study.budgets=[tokens]", "study.controls=[]")
+FEWER = ("eval.num_examples=16", "study.num_examples=32", "checkpoint.every_steps=6")
+GRID = "study.grid={sleep.num_passes: [1, 2], task.steps: [2]}"
+TWO_RUNS = ("study.seeds=[0]", "study.budgets=[tokens]", "study.controls=[]")
 SMALL = ("study=rule110_n", GRID, "study.seeds=[0,1]", "study.controls=[deeper]", "study.eval_passes=[1,3]")
 
 
