@@ -17,7 +17,7 @@ from sleeptrain.study import figures, page, verdict, words
 from sleeptrain.study.collect import COST, Data, Row, to_csv, values_of
 from sleeptrain.study.page import Page, Part, Picture, Points, Section, Table, Text
 from sleeptrain.study.plan import Plan
-from sleeptrain.study.spec import NUM_PASSES, Asked, Curve
+from sleeptrain.study.spec import NUM_PASSES, Asked, Curve, to_yaml
 from sleeptrain.study.statistics import Paired
 
 READING = (
@@ -56,6 +56,7 @@ def write_report(asked: Asked, plan: Plan, data: Data) -> Path:
     makers = (_budgets, _controls, _curves, _matrix, _adaptive, _learning, _costs)
     sections = [_summary(reporter), *(Section(*made) for maker in makers for made in maker(reporter))]
     whole = Page(asked.study.title, asked.study.question, [*sections, _making(reporter)])
+    replace_file(folder / "study.yaml", to_yaml(asked).encode())
     replace_file(folder / "data.csv", to_csv(data.rows).encode())
     replace_file(folder / "report.md", page.to_markdown(whole).encode())
     replace_file(folder / "index.html", page.to_html(whole).encode())
