@@ -32,10 +32,9 @@ class Data(NamedTuple):
     folder: Path
     difficulty_name: str
 
-    def select(self, **only: Any) -> list[Row]:
-        """The rows that have these values; dots in names of columns are written ``__``."""
-        wanted = {key.replace("__", "."): value for key, value in only.items()}
-        return [row for row in self.rows if all(row.get(key) == value for key, value in wanted.items())]
+    def select(self, only: Row) -> list[Row]:
+        """The rows that have these values in these columns."""
+        return [row for row in self.rows if all(row.get(key) == value for key, value in only.items())]
 
     def scores(self, row: Row) -> np.ndarray:
         """Of the single examples whose mean the row holds, float32 ``[num_examples]``."""

@@ -134,8 +134,8 @@ def _controls(r: Reporter) -> Made:
     study = r.asked.study
     parts: list[Part] = []
     for number, cell in enumerate(verdict.cells(r.data, study.metric, r.axes)):
-        found = verdict.controls(r.data, study.metric, cell) if not cell["arm"] else []
-        if not found:
+        found = verdict.controls(r.data, study.metric, cell)
+        if not found or cell["arm"] != next(iter(study.arms)):  # they stand beside the first one
             continue
         names, values = _with_asleep(r, cell)
         names += [words.TITLES[name].partition(":")[0] for name, *_ in found]
@@ -187,9 +187,7 @@ def _curves(r: Reporter) -> Made:
 
 def rows_of(data: Data, curve: Curve) -> list[Row]:
     """Those that a curve shows: of the grid, evaluated as trained unless that is what is varied."""
-    rows = data.select(
-        metric=curve.metric, role="grid", **{k.replace(".", "__"): v for k, v in curve.only.items()}
-    )
+    rows = data.select({"metric": curve.metric, "role": "grid"} | curve.only)
     if not {"eval_passes", "passes", "stop"} & {curve.x, curve.lines, curve.panels, *curve.only}:
         rows = [row for row in rows if row["as_trained"]]
     is_cost = curve.only.get("budget") == COST
@@ -200,7 +198,8 @@ def _matrix(r: Reporter) -> Made:
     """On equal tokens, a figure for each arm."""
     study, parts = r.asked.study, list[Part]()
     for number, arm in enumerate(study.arms):
-        rows = r.data.select(metric=study.metric, role="grid", arm=arm, budget=study.budgets[0], stop="")
+        shown = {"metric": study.metric, "role": "grid", "arm": arm, "budget": study.budgets[0], "stop": ""}
+        rows = r.data.select(shown)
         file = f"matrix_{number}.svg"
         if figures.draw_matrix(rows, r.data.difficulty_name, study.metric, r.path(file)):
             budget = words.BUDGETS[study.budgets[0]]
@@ -213,7 +212,8 @@ def _matrix(r: Reporter) -> Made:
 def _adaptive(r: Reporter) -> Made:
     """Accuracy against the passes that sequences make when each stops by itself, beside fixed N: of the
     models with the largest N."""
-    rows = r.data.select(metric=r.asked.study.metric, role="grid", budget=r.asked.study.budgets[0])
+    study = r.asked.study
+    rows = r.data.select({"metric": study.metric, "role": "grid", "budget": study.budgets[0]})
     if not any(row["stop"] for row in rows):
         return
     most = max(row[NUM_PASSES] for row in rows)
@@ -242,8 +242,7 @@ def _learning(r: Reporter) -> Made:
     """Of the first place of the grid."""
     study = r.asked.study
     for cell in verdict.cells(r.data, study.metric, r.axes)[-1:]:
-        only = {key.replace(".", "__"): value for key, value in cell.items()}
-        rows = verdict.trained_rows(r.data, study.metric, **only)
+        rows = verdict.trained_rows(r.data, study.metric, cell)
         points = list({row["trial"]: row for row in rows if row["budget"] in ("tokens", "flops")}.values())
         if figures.draw_learning_curves(r.data, points, study.metric, r.path("learning_curves.svg")):
             where = verdict.place(cell, r.data.difficulty_name, r.axes)
@@ -253,7 +252,7 @@ def _learning(r: Reporter) -> Made:
 
 def _costs(r: Reporter) -> Made:
     """Time, memory and state against the formula."""
-    rows = r.data.select(budget=COST)
+    rows = r.data.select({"budget": COST})
     if not rows:
         return
     parts: list[Part] = []

@@ -62,14 +62,15 @@ def estimate(values: Sequence[float]) -> Estimate:
     return Estimate(statistics.fmean(values), t * statistics.stdev(values) / math.sqrt(count), count)
 
 
-def paired(ours: Sequence[np.ndarray], theirs: Sequence[np.ndarray]) -> Paired:
+def paired(ours: Sequence[np.ndarray], theirs: Sequence[np.ndarray], less_is_better: bool = False) -> Paired:
     """Scores of the same examples ``[num_examples]``, of both models for each seed."""
     gains = [float(np.mean(a - b)) for a, b in zip(ours, theirs, strict=True)]
     is_binary = all(np.isin(scores, (0, 1)).all() for scores in (*ours, *theirs))
     better = sum(int((a > b).sum()) for a, b in zip(ours, theirs))
     worse = sum(int((a < b).sum()) for a, b in zip(ours, theirs))
     p = sign_test(better, worse) if is_binary else math.nan
-    return Paired(estimate(gains), sum(gain > 0 for gain in gains), better, worse, p)
+    ahead = sum(gain < 0 if less_is_better else gain > 0 for gain in gains)
+    return Paired(estimate(gains), ahead, better, worse, p)
 
 
 def sign_test(better: int, worse: int) -> float:

@@ -26,7 +26,7 @@ from sleeptrain.study.plan import shape_id
 
 FILE = "timings.json"
 ROUNDS, WARMUP_STEPS, TIMED_STEPS = 3, 1, 3
-MOST_CPU_SEQUENCES = 64  # on a CPU a step is as long as it has sequences
+MOST_CPU_TOKENS = 4096  # of a step; beyond that a CPU takes as long as there are tokens
 
 
 class Timing(NamedTuple):
@@ -70,9 +70,10 @@ def time_steps(config: Config) -> Timing:
     device = choose_device(config.run.device)
     torch.set_num_threads(config.run.num_threads or torch.get_num_threads())
     sequences = config.data.batch_sequences
-    if device.type == "cpu" and sequences > MOST_CPU_SEQUENCES:
-        few = {"data.batch_sequences": MOST_CPU_SEQUENCES, "data.micro_batch_sequences": None}
-        config = with_changes(config, few | {"data.num_streams": None})
+    enough = max(1, MOST_CPU_TOKENS // config.task.sequence_tokens)
+    if device.type == "cpu" and sequences > enough:
+        few = {"data.batch_sequences": enough, "data.micro_batch_sequences": None, "data.num_streams": None}
+        config = with_changes(config, few)
     scale = sequences / config.data.batch_sequences
     vocab_size = config.model.rounded_vocab(task_of(config.task).vocab_size)
     backend, stream = LocalBackend(config, vocab_size), stream_of(config)

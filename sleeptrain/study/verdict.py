@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from sleeptrain.study import words
 from sleeptrain.study.collect import COST, Data, Row, by_value, is_less_better
@@ -20,23 +20,22 @@ class Against(NamedTuple):
     paired: Paired | None
 
 
-def trained_rows(data: Data, metric: str, **only: Any) -> list[Row]:
+def trained_rows(data: Data, metric: str, only: Row) -> list[Row]:
     """Of the grid, evaluated with the N of the training, all passes made."""
-    rows = data.select(metric=metric, role="grid", as_trained=True, **only)
+    rows = data.select({"metric": metric, "role": "grid", "as_trained": True} | only)
     return [row for row in rows if row["budget"] != COST]
 
 
-def cells(data: Data, metric: str, axes: Sequence[str]) -> list[dict[str, Any]]:
+def cells(data: Data, metric: str, axes: Sequence[str]) -> list[Row]:
     """The places of the grid at which N is compared: arm, the other axes, difficulty."""
     columns = ["arm", *axes, "difficulty"]
-    found = {tuple(row.get(c) for c in columns): None for row in trained_rows(data, metric)}
+    found = {tuple(row.get(c) for c in columns): None for row in trained_rows(data, metric, {})}
     return [dict(zip(columns, values)) for values in found]
 
 
-def against_one(data: Data, metric: str, cell: dict[str, Any], budget: str) -> list[Against]:
+def against_one(data: Data, metric: str, cell: Row, budget: str) -> list[Against]:
     """Every N beside N = 1, on the same examples and seeds."""
-    only = {key.replace(".", "__"): value for key, value in cell.items()}
-    by_passes = by_value(trained_rows(data, metric, budget=budget, **only), NUM_PASSES)
+    by_passes = by_value(trained_rows(data, metric, cell | {"budget": budget}), NUM_PASSES)
     found = []
     for n, rows in by_passes.items():
         compared = _pair(data, rows, by_passes[1]) if n > 1 and 1 in by_passes else None
@@ -44,20 +43,17 @@ def against_one(data: Data, metric: str, cell: dict[str, Any], budget: str) -> l
     return found
 
 
-def controls(data: Data, metric: str, cell: dict[str, Any]) -> list[tuple[str, Estimate, Row, Paired | None]]:
+def controls(data: Data, metric: str, cell: Row) -> list[tuple[str, Estimate, Row, Paired | None]]:
     """(name, value, a row of it, the gain of the largest N over it) of every control, at equal FLOPs."""
-    only = {key.replace(".", "__"): value for key, value in cell.items() if key not in ("arm", NUM_PASSES)}
-    asleep = by_value(trained_rows(data, metric, budget="tokens", arm=cell["arm"], **only), NUM_PASSES)
-    asleep = asleep or by_value(
-        trained_rows(data, metric, budget="flops", arm=cell["arm"], **only), NUM_PASSES
-    )
-    found = []
-    for name, rows in by_value(
-        data.select(metric=metric, role="control", as_trained=True, **only), "arm"
-    ).items():
-        compared = _pair(data, asleep[max(asleep)], rows) if asleep else None
-        found.append((name, estimate([row["value"] for row in rows]), rows[0], compared))
-    return found
+    there = {key: value for key, value in cell.items() if key != "arm"}
+    trained = data.select(there | {"metric": metric, "role": "control", "as_trained": True})
+    by_passes = by_value(trained_rows(data, metric, cell), NUM_PASSES)
+    # The largest N is one run at all budgets.
+    asleep = {row["seed"]: row for row in by_passes[max(by_passes)]}.values() if by_passes else []
+    return [
+        (name, estimate([row["value"] for row in rows]), rows[0], _pair(data, list(asleep), rows))
+        for name, rows in by_value(trained, "arm").items()
+    ]
 
 
 def _pair(data: Data, ours: Sequence[Row], theirs: Sequence[Row]) -> Paired | None:
@@ -66,7 +62,8 @@ def _pair(data: Data, ours: Sequence[Row], theirs: Sequence[Row]) -> Paired | No
     both = [(row, others[row["seed"]]) for row in ours if row["seed"] in others]
     if not both:
         return None
-    return paired([data.scores(a) for a, _ in both], [data.scores(b) for _, b in both])
+    our_scores, their_scores = ([data.scores(pair[side]) for pair in both] for side in (0, 1))
+    return paired(our_scores, their_scores, is_less_better(ours[0]["metric"]))
 
 
 def sentences(data: Data, metric: str, budgets: Sequence[str], axes: Sequence[str]) -> list[str]:
@@ -90,7 +87,7 @@ _CONCLUSIONS = {
     (False, False): "More passes do not help at this scale, neither at equal tokens nor at equal compute.",
 }
 
-Gains = list[tuple[Against, dict[str, Any]]]
+Gains = list[tuple[Against, Row]]
 
 
 def _gains(data: Data, metric: str, budget: str, axes: Sequence[str]) -> Gains:
@@ -137,7 +134,7 @@ def _is_sure(gain: Estimate) -> bool:
     return abs(gain.mean) > gain.half_width  # false for NaN: one seed is no proof
 
 
-def place(cell: dict[str, Any], difficulty_name: str, axes: Sequence[str]) -> str:
+def place(cell: Row, difficulty_name: str, axes: Sequence[str]) -> str:
     """`` at automaton steps t 4``: where in the grid."""
     parts = [words.value(name, cell[name]) for name in axes if cell.get(name) is not None]
     if cell["arm"]:

@@ -95,7 +95,7 @@ def test_the_report_says_and_shows_what_there_is(made: Asked) -> None:
 
 def test_a_mean_is_that_of_the_scores(made: Asked) -> None:
     data = collect(made, planned(made), {})
-    chosen = data.select(metric="exact_accuracy", role="grid")
+    chosen = data.select({"metric": "exact_accuracy", "role": "grid"})
     assert chosen
     for row in chosen:
         assert data.scores(row).mean() == pytest.approx(row["value"])

@@ -45,6 +45,12 @@ def test_pairs_are_of_the_same_example_and_seed() -> None:
     assert found.p == pytest.approx(sign_test(3, 1))
 
 
+def test_of_a_loss_less_is_ahead() -> None:
+    ours, theirs = [np.array([0.5, 1.0])], [np.array([0.75, 1.0])]
+    assert paired(ours, theirs).seeds_ahead == 0
+    assert paired(ours, theirs, less_is_better=True).seeds_ahead == 1
+
+
 def test_scores_that_are_not_right_or_wrong_have_no_sign_test() -> None:
     found = paired([np.array([0.5, 1.0])], [np.array([0.25, 1.0])])
     assert math.isnan(found.p)
