@@ -124,6 +124,8 @@ class Ray:
 
     def _start(self, *arguments: str, num_cpus: int | None = None) -> None:
         size = [f"--num-cpus={num_cpus or self.num_cpus}", "--object-store-memory=80000000"]
+        # Jobs go through the agent of a node, which stays mute where another cluster has its port.
+        size.append(f"--dashboard-agent-listen-port={free_port()}")
         done = subprocess.run(
             ["ray", "start", *arguments, *size],
             env=self.environ,
