@@ -15,7 +15,7 @@ from typing import Any
 
 from sleeptrain.cluster.attempts import Attempts, Outcome
 from sleeptrain.config import Config
-from sleeptrain.engine.resilience import StopSignal
+from sleeptrain.engine.resilience import EXIT_REQUEUE, StopSignal
 from sleeptrain.schema import ConfigError, RunError, to_dict
 
 os.environ.setdefault("RAY_CHDIR_TO_TRIAL_DIR", "0")  # workers stay in the folder of the job
@@ -67,6 +67,8 @@ def drive(config: Config, frozen_config: str) -> int:
     producers = Producers(config) if config.data.producer == "ray" else None
     error = follow(make_trainer(config, folder, settings, use_gpu), control, producers)
     outcome: Outcome = ray.get(control.outcome.remote())
+    if outcome.code == EXIT_REQUEUE:  # the last words of a worker may come too late for the log of the job
+        print("stopped and saved; the same command goes on from there", flush=True)
     if outcome.code and outcome.sentence:
         print(f"error: {outcome.sentence}", file=sys.stderr)
     elif error and outcome.code:

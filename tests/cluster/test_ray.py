@@ -83,7 +83,9 @@ def test_a_stopped_job_has_saved_and_goes_on(ray: Ray, undisturbed: Path, tmp_pa
     ray.ask("stopped/stop", method="POST")  # as ray job stop
     output, _ = job.communicate(timeout=PATIENCE_SECONDS)
     assert "was stopped" in output
-    assert "stopped by SIGTERM; the same command goes on from step" in output
+    assert "stopped and saved; the same command goes on from there" in output
+    said = (folder / "logs" / "rank_0.log").read_text()
+    assert "stopped by SIGTERM; the same command goes on from step" in said
     (checkpoint,) = (folder / "checkpoints").glob("step_*")
     assert int(checkpoint.name.removeprefix("step_")) >= 15
     finish(submit(ray, folder))
