@@ -69,7 +69,7 @@ Made = Iterator[tuple[str, list[Part]]]
 def _summary(r: Reporter) -> Section:
     study = r.asked.study
     parts: list[Part] = []
-    if r.data.missing:
+    if r.data.missing and study.trains:
         done = len(r.plan.trials) - len(r.data.missing)
         parts.append(Text(f"Not finished: {done} of {len(r.plan.trials)} runs are done."))
     found = verdict.sentences(r.data, study.metric, study.budgets, r.axes)
@@ -317,10 +317,13 @@ def _making(r: Reporter) -> Section:
     """Who wants to make it again finds all that is needed."""
     study, trials = r.asked.study, r.plan.trials
     seconds = {row["trial"]: row["train_seconds"] for row in r.data.rows if row["trial"]}
-    facts = [
+    runs = (
         f"{len(trials)} runs, {len(trials) - len(r.data.missing)} of them done, "
         f"{words.duration(sum(seconds.values()))} of training in all; seeds "
-        f"{', '.join(map(str, study.seeds))}.",
+        f"{', '.join(map(str, study.seeds))}."
+    )
+    facts = [
+        runs if study.trains else "Steps were timed; nothing was trained.",
         f"Commit {commit()}; torch {torch.__version__}; {machine()}.",
         "data.csv holds every value that a figure or a table shows; what the study asks is in study.yaml.",
     ]

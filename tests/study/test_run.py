@@ -93,6 +93,15 @@ def test_the_report_says_and_shows_what_there_is(made: Asked) -> None:
     assert {row["metric"] for row in rows} >= {"exact_accuracy", "loss", "flops_ratio", "tokens_per_second"}
 
 
+def test_a_study_that_trains_nothing_reports_what_a_step_costs(tmp_path: Path) -> None:
+    assert main(arguments(tmp_path, *TWO_RUNS, "study.trains=false")) == 0
+    assert not trials_folder(tiny(tmp_path)).exists()
+    text = (tmp_path / "report" / "report.md").read_text()
+    assert "nothing was trained" in text
+    assert "Not finished" not in text
+    assert "| N = 2 |" in text
+
+
 def test_a_mean_is_that_of_the_scores(made: Asked) -> None:
     data = collect(made, planned(made), {})
     chosen = data.select({"metric": "exact_accuracy", "role": "grid"})
