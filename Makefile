@@ -25,7 +25,7 @@ lint: .venv/.stamp  ## style, types and import layers
 test test-more soak: export OMP_NUM_THREADS := 1
 
 test: .venv/.stamp  ## the fast tests
-	python -m pytest $(ARGS)
+	python -m pytest -m "not more and not slow and not gpu" $(ARGS)
 
 test-more: .venv/.stamp-bench  ## the longer tests of CI; brings the peers of the benchmarks
 	python -m pytest -m "more and not slow and not gpu" --durations=40 $(ARGS)

@@ -51,6 +51,7 @@ class Ray:
     def __enter__(self) -> "Ray":
         self._temp = tempfile.TemporaryDirectory(prefix="ray", dir="/tmp")  # sockets want a short path
         ports = [f"--port={self.port}", f"--dashboard-port={self.dashboard_port}", "--include-dashboard=true"]
+        ports.append(f"--ray-client-server-port={free_port()}")
         self._start("--head", *ports, f"--temp-dir={self._temp.name}")
         wait_for(lambda: listens(self.dashboard_port), 60)  # it comes after ray start has returned
         return self
