@@ -15,6 +15,13 @@ signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background
 torch.use_deterministic_algorithms(True)
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The tests of a file run in one process, since they share what it starts; files of one group, too."""
+    for item in items:
+        if item.get_closest_marker("xdist_group") is None:
+            item.add_marker(pytest.mark.xdist_group(item.nodeid.partition("::")[0]))
+
+
 @pytest.fixture(autouse=True)
 def seed() -> None:
     """Seed torch's global generator, so that a test does not depend on the tests before it."""

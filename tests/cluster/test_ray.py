@@ -17,8 +17,9 @@ from ray_daemons import ROOT, Ray
 from ray_jobs import NUM_STEPS, PATIENCE_SECONDS, RUN, await_step, finish, submit
 
 TRAINS = "sleeptrain.cluster.training_process"
+LOG = "logs/rank_0.log"
 
-pytestmark = pytest.mark.more
+pytestmark = [pytest.mark.more, pytest.mark.xdist_group("ray")]
 
 
 @pytest.fixture(scope="module")
@@ -40,90 +41,78 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_a_job_ends_as_the_local_run_does(ray: Ray, undisturbed: Path, tmp_path: Path) -> None:
+    """And nothing disturbs it: while it runs, a second driver of its folder is refused."""
     folder = tmp_path / "run"
-    output = finish(submit(ray, folder, name="whole"))
+    job = submit(ray, folder, name="whole")
+    await_step(folder, 3, job)
+    refused = second_driver(ray, folder)
+    assert f"refused: run folder {folder} is in use by another job" in refused.stdout, refused.stderr
+    output = finish(job)
     assert compare_runs(folder, undisturbed) == ""
     assert f"step {NUM_STEPS}/{NUM_STEPS}" in output
-    listed = ray.call("job", "list", "--address", ray.dashboard)
-    assert f"'sleeptrain/step': '{NUM_STEPS}'" in listed
-    assert "'sleeptrain/processes': '2'" in listed
+    (listed,) = [job["metadata"] for job in ray.ask("") if job["submission_id"] == "whole"]
+    assert listed["sleeptrain/step"] == str(NUM_STEPS)
+    assert listed["sleeptrain/processes"] == "2"
 
 
-@pytest.mark.parametrize("victim", ["process", "worker"])
-def test_a_killed_worker_is_started_again(ray: Ray, undisturbed: Path, tmp_path: Path, victim: str) -> None:
-    """The process that trains, or the worker of Ray above it, with which it goes."""
-    folder = tmp_path / "run"
-    job = submit(ray, folder)
-    await_step(folder, 15, job)
-    (*_, trains) = ray.processes(TRAINS)
-    os.kill(trains if victim == "process" else psutil.Process(trains).ppid(), signal.SIGKILL)
-    finish(job)
-    assert compare_runs(folder, undisturbed) == ""
-    assert not ray.processes(TRAINS)
-
-
-def test_a_process_that_hangs_is_ended_and_all_start_again(
-    ray: Ray, undisturbed: Path, tmp_path: Path
-) -> None:
-    """R6: the watchdog of the others says so and ends them, the worker ends the one that cannot."""
-    folder = tmp_path / "run"
-    job = submit(ray, folder, "run.hang_timeout_seconds=10")
-    await_step(folder, 15, job)
-    os.kill(ray.processes(TRAINS)[-1], signal.SIGSTOP)
-    finish(job)
-    said = "".join(path.read_text() for path in (folder / "logs").glob("rank_*.log"))
-    assert re.search(r"error: rank \d hangs: ", said)
-    assert compare_runs(folder, undisturbed) == ""
-
-
-def test_a_stopped_job_has_saved_and_goes_on(ray: Ray, undisturbed: Path, tmp_path: Path) -> None:
-    folder = tmp_path / "run"
-    job = submit(ray, folder, "checkpoint.every_steps=0", name="stopped")
-    await_step(folder, 15, job)
-    ray.ask("stopped/stop", method="POST")  # as ray job stop
-    output, _ = job.communicate(timeout=PATIENCE_SECONDS)
-    assert "was stopped" in output
-    assert "stopped and saved; the same command goes on from there" in output
-    said = (folder / "logs" / "rank_0.log").read_text()
-    assert "stopped by SIGTERM; the same command goes on from step" in said
-    (checkpoint,) = (folder / "checkpoints").glob("step_*")
-    assert int(checkpoint.name.removeprefix("step_")) >= 15
-    finish(submit(ray, folder))
-    assert compare_runs(folder, undisturbed) == ""
-
-
-def test_a_killed_driver_takes_its_run_along_and_the_next_goes_on(
-    ray: Ray, undisturbed: Path, tmp_path: Path
-) -> None:
-    folder = tmp_path / "run"
-    job = submit(ray, folder)
-    await_step(folder, 15, job)
-    for pid in ray.drivers():
-        os.kill(pid, signal.SIGKILL)
-    output = finish(submit(ray, folder))  # at once: it waits for what is left of the other
-    assert compare_runs(folder, undisturbed) == ""
-    assert re.search("run quickstart: step [1-9]", output)
-    job.communicate(timeout=PATIENCE_SECONDS)
-
-
-def test_a_second_driver_of_a_folder_is_refused(ray: Ray, tmp_path: Path) -> None:
-    folder = tmp_path / "run"
-    job = submit(ray, folder, name="first")
-    await_step(folder, 3, job)
+def second_driver(ray: Ray, folder: Path) -> subprocess.CompletedProcess[str]:
+    """What claims the folder as a driver does, and does not wait long for another to let go."""
     control = (
         "import sys; from pathlib import Path; from sleeptrain.cluster import ray_driver as d\n"
         "d.PREVIOUS_SECONDS = 1.0; d.ray.init(namespace=d.NAMESPACE, log_to_driver=False)\n"
         "try: d.claim(Path(sys.argv[1]))\nexcept d.ConfigError as error: print('refused:', error)"
     )
-    second = subprocess.run(
+    return subprocess.run(
         [sys.executable, "-c", control, str(folder)],
         env=ray.environ | {"RAY_ADDRESS": f"127.0.0.1:{ray.port}"},
         capture_output=True,
         text=True,
         timeout=PATIENCE_SECONDS,
     )
-    assert f"refused: run folder {folder} is in use by another job" in second.stdout, second.stderr
-    finish(job)
+
+
+def test_workers_that_die_or_hang_are_started_again(ray: Ray, undisturbed: Path, tmp_path: Path) -> None:
+    """R5, R6, one after the other: the process that trains is killed, then the worker of Ray above it, with
+    which it goes; then one hangs: the watchdog of the others says so, and the worker ends the one that
+    cannot."""
+    folder = tmp_path / "run"
+    job = submit(ray, folder, "run.hang_timeout_seconds=10")
+    await_step(folder, 10, job)
+    os.kill(ray.processes(TRAINS)[-1], signal.SIGKILL)
+    await_step(folder, 20, job)
+    os.kill(psutil.Process(ray.processes(TRAINS)[-1]).ppid(), signal.SIGKILL)
+    await_step(folder, 30, job)
+    os.kill(ray.processes(TRAINS)[-1], signal.SIGSTOP)
+    assert finish(job).count(f" of {NUM_STEPS} in ") == 4  # it started, and three times again
+    said = "".join(path.read_text() for path in (folder / "logs").glob("rank_*.log"))
+    assert re.search(r"error: rank \d hangs: ", said)
+    assert compare_runs(folder, undisturbed) == ""
+    assert not ray.processes(TRAINS)
+
+
+def test_a_stopped_job_and_one_whose_driver_was_killed_go_on(
+    ray: Ray, undisturbed: Path, tmp_path: Path
+) -> None:
+    """Stopped, it has saved; killed, the driver takes its run along, and the next one waits for that."""
+    folder, never = tmp_path / "run", "checkpoint.every_steps=0"
+    job = submit(ray, folder, never, name="stopped")
+    await_step(folder, 15, job)
+    ray.ask("stopped/stop", method="POST")  # as ray job stop
+    output, _ = job.communicate(timeout=PATIENCE_SECONDS)
+    assert "was stopped" in output
+    assert "stopped and saved; the same command goes on from there" in output
+    assert re.search(r"stopped by .*; the same command goes on from step", (folder / LOG).read_text())
+    (checkpoint,) = (folder / "checkpoints").glob("step_*")
+    stopped = int(checkpoint.name.removeprefix("step_"))
+    assert stopped >= 15
+    job = submit(ray, folder)
+    await_step(folder, stopped + 10, job)
+    for pid in ray.drivers():
+        os.kill(pid, signal.SIGKILL)
+    output = finish(submit(ray, folder))
+    assert compare_runs(folder, undisturbed) == ""
+    assert re.search("run quickstart: step [1-9]", output)
+    job.communicate(timeout=PATIENCE_SECONDS)
 
 
 def test_a_failure_that_comes_again_at_the_same_step_ends_the_run(ray: Ray, tmp_path: Path) -> None:

@@ -4,21 +4,14 @@ import sys
 from pathlib import Path
 
 import pytest
-import slurm_daemons
 from slurm_daemons import Slurm
+from slurm_jobs import ROOT, needs_slurm
 from tiny_study import TWO_RUNS, arguments, tiny
 
 from sleeptrain.study import trial
 from sleeptrain.study.run import trials_folder
 
-ROOT = Path(__file__).resolve().parents[2]
-
-pytestmark = [
-    pytest.mark.more,
-    pytest.mark.skipif(
-        bool(slurm_daemons.missing()), reason=f"not installed: {', '.join(slurm_daemons.missing())}"
-    ),
-]
+pytestmark = [pytest.mark.more, needs_slurm]
 
 
 def test_the_tasks_of_an_array_share_the_runs(tmp_path: Path) -> None:
