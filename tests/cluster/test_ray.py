@@ -19,7 +19,7 @@ from ray_jobs import NUM_STEPS, PATIENCE_SECONDS, RUN, await_step, finish, submi
 TRAINS = "sleeptrain.cluster.training_process"
 LOG = "logs/rank_0.log"
 
-pytestmark = [pytest.mark.more, pytest.mark.xdist_group("ray")]
+pytestmark = pytest.mark.more
 
 
 @pytest.fixture(scope="module")

@@ -18,7 +18,7 @@ from sleeptrain.engine.metrics import FILE_NAME
 ELASTIC = ("cluster.num_workers=2", "cluster.min_workers=1", "cluster.resize_check_seconds=5")
 BOUND_SECONDS = 120
 
-pytestmark = [pytest.mark.more, pytest.mark.xdist_group("ray")]
+pytestmark = pytest.mark.more
 
 
 @pytest.fixture

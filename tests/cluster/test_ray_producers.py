@@ -19,7 +19,7 @@ SIZES = (f"data.batch_sequences={BATCH}", f"data.num_streams={STREAMS}")
 PRODUCED = ("data.producer=ray", f"data.shard_samples={SHARD_SAMPLES}", f"data.shards_ahead={AHEAD}")
 NUM_EXAMPLES = NUM_STEPS * BATCH
 
-pytestmark = [pytest.mark.more, pytest.mark.xdist_group("ray")]
+pytestmark = pytest.mark.more
 
 
 @pytest.fixture(scope="module")

@@ -7,8 +7,7 @@ import pytest
 from slurm_daemons import Slurm
 from slurm_jobs import ROOT, RUN, needs_slurm, require_end, step_of
 
-# ray symmetric-run wants no other Ray beside it.
-pytestmark = [pytest.mark.more, pytest.mark.xdist_group("ray"), needs_slurm]
+pytestmark = [pytest.mark.more, needs_slurm]
 
 
 @pytest.mark.parametrize("start", ["symmetric", "plain"])

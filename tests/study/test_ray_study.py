@@ -14,7 +14,7 @@ from sleeptrain.study import trial
 from sleeptrain.study.plan import plan
 from sleeptrain.study.run import run, trials_folder
 
-pytestmark = [pytest.mark.more, pytest.mark.xdist_group("ray")]
+pytestmark = pytest.mark.more
 
 
 def files(folder: Path) -> dict[str, bytes]:

@@ -13,7 +13,7 @@ from ray_daemons import ROOT
 NAMESPACE = ("unshare", "--net", "bash", "-euc")
 NETWORK = f"ip link set lo up; ip address add {ADDRESS}/32 dev lo; ip address add {STRANGER}/32 dev lo"
 
-pytestmark = [pytest.mark.more, pytest.mark.xdist_group("ray")]
+pytestmark = pytest.mark.more
 
 
 def no_namespace() -> str:
