@@ -628,6 +628,13 @@ class RunConfig:
     id: str = setting("quickstart", "name of the run; the same id again resumes")
     dir: str = setting("runs/${run.id}", "run folder")
     seed: int = setting(0, "seed of the initial weights, the data order and a sampled N")
+    init_from: str = setting(
+        "", "run or checkpoint folder whose weights a new run starts with, instead of random ones"
+    )
+    init_new: tuple[str, ...] = setting(
+        (),
+        "patterns of weights that init_from lacks and that keep their own: [stack.blocks.4.*] is a new block",
+    )
     device: Literal["auto", "cpu", "cuda"] = setting("auto", "auto: cuda if there is one")
     precision: Literal["auto", "float32", "bfloat16"] = setting(
         "auto", "compute type over float32 weights; auto: float32 on cpu, bfloat16 on cuda"
@@ -646,6 +653,11 @@ class RunConfig:
 
     def __post_init__(self) -> None:
         _require_in("run", self, ("check_replicas_every_steps", "hang_timeout_seconds"), 0)
+        if self.init_new and not self.init_from:
+            raise ConfigError(
+                f"run.init_new={list(self.init_new)} is for run.init_from, which is not given; without it "
+                "all weights are new"
+            )
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from torch.autograd.function import once_differentiable
 
 
 class RMSNorm(nn.Module):
-    """Root-mean-square norm over the last dimension, times a weight, or 1 + weight where it is zero-centred."""
+    """Root-mean-square norm over the last dimension, times a weight; zero-centred, times 1 + weight."""
 
     def __init__(self, dim: int, eps: float, zero_centred: bool = False) -> None:
         super().__init__()
