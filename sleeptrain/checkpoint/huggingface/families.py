@@ -9,7 +9,7 @@ from types import MappingProxyType
 from typing import Any, NamedTuple
 
 from sleeptrain.checkpoint.huggingface.fields import Fields
-from sleeptrain.checkpoint.huggingface.pairs import Pair
+from sleeptrain.checkpoint.huggingface.pairs import Pair, pair
 from sleeptrain.config import BlockSpec, ModelConfig
 from sleeptrain.schema import ConfigError, unknown
 
@@ -70,23 +70,23 @@ def model_config(family: Family, fields: Fields, is_tied: bool) -> ModelConfig:
 
 def pairs_of(family: Family, config: ModelConfig) -> list[Pair]:
     """Every weight of ours once, in the order in which a checkpoint is written."""
-    pairs = [Pair("model.embed_tokens.weight", ("embed.weight",))]
+    pairs = [pair("model.embed_tokens.weight", "embed.weight")]
     for i, spec in enumerate(config.blocks):
         theirs, ours = f"model.layers.{i}.", f"stack.blocks.{i}."
         for name, own in family.norms(spec).items():
-            pairs.append(Pair(f"{theirs}{name}.weight", (f"{ours}{own}.weight",)))
+            pairs.append(pair(f"{theirs}{name}.weight", f"{ours}{own}.weight"))
         pairs += family.mixer(config, spec, theirs, f"{ours}mixer.")
         for name in ("gate_proj", "up_proj", "down_proj"):
-            pairs.append(Pair(f"{theirs}mlp.{name}.weight", (f"{ours}mlp.{name}.weight",)))
-    pairs.append(Pair("model.norm.weight", ("final_norm.weight",)))
+            pairs.append(pair(f"{theirs}mlp.{name}.weight", f"{ours}mlp.{name}.weight"))
+    pairs.append(pair("model.norm.weight", "final_norm.weight"))
     if not config.tie_embeddings:
-        pairs.append(Pair("lm_head.weight", ("head.weight",)))
+        pairs.append(pair("lm_head.weight", "head.weight"))
     return pairs
 
 
 def _same(theirs: str, ours: str, *names: str) -> Iterator[Pair]:
     for name in names:
-        yield Pair(theirs + name, (ours + name,))
+        yield pair(theirs + name, ours + name)
 
 
 def _pattern(fields: Fields, words: dict[str, str], default: list[str] | None = None) -> str:
@@ -178,9 +178,9 @@ def _jet_or_attention(config: ModelConfig, spec: BlockSpec, theirs: str, ours: s
     linears = [f"{letter}_proj.weight" for letter in "qkvbago"]
     yield from _same(theirs, ours, *linears, "A_log", "dt_bias", "o_norm.weight")
     kernels = f"{theirs}dynamic_conv1d.kernel_generator."
-    yield Pair(f"{kernels}w1.weight", (f"{ours}kernel_in.weight",))
-    yield Pair(f"{kernels}w2.weight", (f"{ours}kernel_out.weight",))
-    yield Pair(f"{kernels}w2.bias", (f"{ours}kernel_out.bias",))
+    yield pair(f"{kernels}w1.weight", f"{ours}kernel_in.weight")
+    yield pair(f"{kernels}w2.weight", f"{ours}kernel_out.weight")
+    yield pair(f"{kernels}w2.bias", f"{ours}kernel_out.bias")
 
 
 # Qwen3.5 (dense): Gated DeltaNet, and attention with a gate and few rotating channels; norms times 1 + w.
@@ -220,19 +220,18 @@ def _qwen3_5_mixer(config: ModelConfig, spec: BlockSpec, theirs: str, ours: str)
     if spec.is_fast_weight:
         theirs = f"{theirs}linear_attn."
         letters = ("q", "k", "v")
-        yield Pair(f"{theirs}in_proj_qkv.weight", tuple(f"{ours}{x}_proj.weight" for x in letters))
-        yield Pair(f"{theirs}conv1d.weight", tuple(f"{ours}{x}_conv" for x in letters), is_kernel=True)
+        yield pair(f"{theirs}in_proj_qkv.weight", *(f"{ours}{x}_proj.weight" for x in letters))
+        yield pair(f"{theirs}conv1d.weight", *(f"{ours}{x}_conv" for x in letters), is_kernel=True)
         for name, own in (("in_proj_z", "g_proj"), ("in_proj_b", "b_proj"), ("in_proj_a", "a_proj")):
-            yield Pair(f"{theirs}{name}.weight", (f"{ours}{own}.weight",))
+            yield pair(f"{theirs}{name}.weight", f"{ours}{own}.weight")
         yield from _same(theirs, ours, "A_log", "dt_bias")
-        yield Pair(f"{theirs}norm.weight", (f"{ours}o_norm.weight",))
-        yield Pair(f"{theirs}out_proj.weight", (f"{ours}o_proj.weight",))
+        yield pair(f"{theirs}norm.weight", f"{ours}o_norm.weight")
+        yield pair(f"{theirs}out_proj.weight", f"{ours}o_proj.weight")
         return
     theirs = f"{theirs}self_attn."
     both = (f"{ours}q_proj.weight", f"{ours}g_proj.weight")
-    yield Pair(
-        f"{theirs}q_proj.weight", both, groups=config.num_heads
-    )  # of each head its query, then its gate
+    # Of each head its query, then its gate.
+    yield pair(f"{theirs}q_proj.weight", *both, groups=config.num_heads)
     yield from _same(theirs, ours, *(f"{name}.weight" for name in (*_QKVO[1:], "q_norm", "k_norm")))
 
 
@@ -259,13 +258,14 @@ def _olmo_hybrid_mixer(config: ModelConfig, spec: BlockSpec, theirs: str, ours: 
         theirs = f"{theirs}linear_attn."
         linears = [f"{letter}_proj.weight" for letter in "qkvbago"]
         yield from _same(theirs, ours, *linears, "A_log", "dt_bias", "o_norm.weight")
-        for letter in "qkv":
-            yield Pair(f"{theirs}{letter}_conv1d.weight", (f"{ours}{letter}_conv",), is_kernel=True)
+        # transformers writes the three as equal parts of one, whatever the sizes of queries, keys and values.
+        names = tuple(f"{theirs}{letter}_conv1d.weight" for letter in "qkv")
+        yield Pair(names, tuple(f"{ours}{letter}_conv" for letter in "qkv"), is_kernel=True)
         return
     theirs = f"{theirs}self_attn."
     yield from _same(theirs, ours, *(f"{name}.weight" for name in _QKVO))
     for letter in "qk":
-        yield Pair(f"{theirs}{letter}_norm.weight", (f"{ours}{letter}_width_norm.weight",))
+        yield pair(f"{theirs}{letter}_norm.weight", f"{ours}{letter}_width_norm.weight")
 
 
 _QWEN3_5 = Family(

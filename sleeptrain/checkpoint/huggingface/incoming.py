@@ -59,22 +59,28 @@ def import_folder(
 def weights(folder: Folder, mapped: Mapped, tell: Callable[[str], None]) -> Iterator[tuple[str, Tensor]]:
     """Ours by name, read one tensor of theirs after the other."""
     for pair in mapped.pairs:
-        name = mapped.names[pair.theirs]
-        tell(name)
-        yield from pair.split(folder.read(name), mapped.shapes).items()
+        names = [mapped.names[name] for name in pair.theirs]
+        tell(names[0])
+        yield from pair.split([folder.read(name) for name in names], mapped.shapes).items()
 
 
 def origin_of(folder: Folder, mapped: Mapped) -> dict[str, Any]:
     """What the export needs to know, and the licence. Raises ConfigError where too much would be kept."""
     dtypes = {name: found.dtype for name, found in folder.tensors.items()}
-    usual = Counter(dtypes[name] for name in mapped.names.values()).most_common(1)[0][0]
+    usual_dtype = Counter(dtypes[name] for name in mapped.names.values()).most_common(1)[0][0]
     return {
         "name": folder.config.get("_name_or_path") or folder.path.resolve().name,
         "licence": folder.licence(),
         "config": folder.config,
-        "dtype": usual,
-        "dtypes": {n: dtypes[n] for n in mapped.names.values() if dtypes[n] != usual},
-        "names": {pair: name for pair, name in mapped.names.items() if pair != name},
+        "dtype": usual_dtype,
+        "dtypes": {n: dtypes[n] for n in mapped.names.values() if dtypes[n] != usual_dtype},
+        "names": {usual: name for usual, name in mapped.names.items() if usual != name},
+        "rows": {
+            name: folder.tensors[mapped.names[name]].shape[0]
+            for pair in mapped.pairs
+            if len(pair.theirs) > 1
+            for name in pair.theirs
+        },
         "kept": {name: as_text(folder.read(name)) for name in mapped.kept},
         "left_out": mapped.left_out,
     }

@@ -50,7 +50,7 @@ def map_folder(folder: Folder) -> Mapped:
     family, model = read_config(folder.config, str(folder.path), HEAD in folder.tensors)
     renamed = {_renamed(family, name): name for name in folder.tensors}
     pairs, shapes = pairs_of(family, model), weight_shapes(model)
-    names = {pair.theirs: renamed.pop(pair.theirs, pair.theirs) for pair in pairs}
+    names = {name: renamed.pop(name, name) for pair in pairs for name in pair.theirs}
     kept = _taken(renamed, family.kept)
     left_out = _taken(renamed, family.left_out + ((HEAD,) if model.tie_embeddings else ()))
     if model.tie_embeddings and HEAD in left_out:
@@ -87,9 +87,11 @@ def _misshapen(
     folder: Folder, pairs: list[Pair], names: dict[str, str], shapes: dict[str, Shape]
 ) -> Iterable[str]:
     for pair in pairs:
-        found, expected = folder.tensors.get(names[pair.theirs]), pair.their_shape(shapes)
-        if found is not None and found.shape != expected:
-            yield f"{names[pair.theirs]}: {list(found.shape)}, not {list(expected)}"
+        there = [names[name] for name in pair.theirs]
+        found = [folder.tensors[name].shape if name in folder.tensors else None for name in there]
+        for name, shape, expected in zip(there, found, pair.their_shapes(shapes, found)):
+            if shape is not None and shape != expected:
+                yield f"{name}: {list(shape)}, not {list(expected)}"
 
 
 def _require_tied(folder: Folder, embedding: str) -> None:

@@ -45,10 +45,12 @@ def export_checkpoint(
 
     def tensors() -> Iterator[tuple[str, Tensor]]:
         for pair in pairs_of(family, model):
-            name = names.get(pair.theirs, pair.theirs)
-            dtype = getattr(torch, dtypes.get(name, origin["dtype"]))
-            tell(name)
-            yield name, pair.join([checkpoint.read("model", own) for own in pair.ours]).to(dtype)
+            tell(pair.theirs[0])
+            ours = [checkpoint.read("model", own) for own in pair.ours]
+            rows = [origin["rows"][theirs] for theirs in pair.theirs if theirs in origin["rows"]]
+            for usual, tensor in pair.join(ours, rows).items():
+                name = names.get(usual, usual)
+                yield name, tensor.to(getattr(torch, dtypes.get(name, origin["dtype"])))
         for name, said in origin["kept"].items():
             yield name, from_text(said)
 
