@@ -1,8 +1,8 @@
 """Tensors of a Hugging Face checkpoint and the weights of ours that they hold; both ways, bit for bit.
 
 Theirs, one below the other, are ours one below the other (rows), or the rows of several of ours group by
-group, as where a head's query and gate lie side by side. Kernels of depthwise convolutions have a dimension of
-1 more there: ``[C, 1, W]`` for our ``[C, W]``.
+group, as where a head's query and gate lie side by side. Kernels of depthwise convolutions have one dimension
+more there: ``[C, 1, W]`` for our ``[C, W]``.
 """
 
 from collections.abc import Mapping, Sequence
