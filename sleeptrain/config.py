@@ -390,12 +390,19 @@ class TextConfig:
     folder: str = setting("stdlib", "folder of text files, or 'stdlib': the source of Python's own library")
     suffixes: tuple[str, ...] = setting((".txt", ".md", ".py"), "file name endings that count as text")
     tokenizer: str = setting("bytes", "'bytes', or the path of a Hugging Face tokenizer.json")
+    end_token: str = setting(
+        "", "token of a tokenizer.json that ends a document; empty: an id of its own, after all others"
+    )
     sequence_tokens: int = setting(512, "T, tokens of an example")
 
     def __post_init__(self) -> None:
         if self.sequence_tokens < 2:
             raise ConfigError(
                 f"task.sequence_tokens={self.sequence_tokens} is below 2; an example needs 2 tokens"
+            )
+        if self.end_token and self.tokenizer == "bytes":
+            raise ConfigError(
+                f"task.end_token={self.end_token!r} is no byte; leave it out, or give a task.tokenizer"
             )
 
 

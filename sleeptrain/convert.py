@@ -109,7 +109,7 @@ def run_import(given: dict[str, Any]) -> None:
             print(f"{what}: {', '.join(names[:5])}{' ...' if len(names) > 5 else ''} ({len(names)} tensors)")
     with _bar(len(mapped.pairs)) as tell:
         written = import_folder(folder, mapped, config, output, tell)
-    replace_file(output / "model.yaml", OmegaConf.to_yaml(OmegaConf.create(to_dict(mapped.model))).encode())
+    replace_file(output / "model.yaml", OmegaConf.to_yaml(OmegaConf.create(to_dict(config.model))).encode())
     print(f"wrote {written}")
     if config.task.tokenizer == "bytes":  # type: ignore[union-attr]
         print("there is no tokenizer.json: generate takes ids=[...], and no prompt")
@@ -126,8 +126,9 @@ def run_config(mapped: Any, output: Path, folder: Any, changes: dict[str, Any]) 
         raise ConfigError(
             f"model.{unknown[0]} comes from the folder; only {', '.join(FREE_MODEL)} may be set"
         )
-    has_tokenizer = (folder.path / "tokenizer.json").is_file()
-    task = TextConfig(tokenizer=str(output / "tokenizer.json") if has_tokenizer else "bytes")
+    task = TextConfig()
+    if (folder.path / "tokenizer.json").is_file():
+        task = TextConfig(tokenizer=str(output / "tokenizer.json"), end_token=folder.end_token())
     sleep = SleepConfig(
         window_tokens=0, num_passes=1, schedule="predict_then_consolidate", **mapped.family.sleep
     )

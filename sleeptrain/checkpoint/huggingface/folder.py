@@ -57,6 +57,13 @@ class Folder:
         with _opened(self.path / file) as opened:
             return opened.get_tensor(name)
 
+    def end_token(self) -> str:
+        """With which documents end: that of the tokenizer's settings, empty where they name none."""
+        if not (self.path / "tokenizer_config.json").is_file():
+            return ""
+        said = self._json("tokenizer_config.json").get("eos_token") or ""
+        return str(said.get("content", "") if isinstance(said, dict) else said)
+
     def licence(self) -> str | None:
         """As the model card names it, or the first line of a licence file; None where nothing is said."""
         card = self.path / CARD

@@ -1,19 +1,25 @@
 """Ouro and Jet-Nemotron: full-sized checkpoints map name by name, tiny ones predict what is described and are
 written back bit for bit."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import yaml
 from importing import fed, import_to, imported
 from layouts import JET, OURO, TINY_JET, TINY_OURO, jet_sizes, predict, shapes_of, write_sparse, write_tiny
 
 from sleeptrain.checkpoint.huggingface.folder import Folder
 from sleeptrain.checkpoint.huggingface.incoming import from_text
-from sleeptrain.checkpoint.huggingface.mapping import map_folder
+from sleeptrain.checkpoint.huggingface.mapping import map_folder, read_config
 from sleeptrain.checkpoint.huggingface.outgoing import export_checkpoint
+from sleeptrain.config import ModelConfig, SleepConfig
 from sleeptrain.engine.restored import find
+from sleeptrain.model.flops import count_parameters
+from sleeptrain.pretrain import CONFIGS
+from sleeptrain.schema import from_dict
 
 OURO_BIG = OURO | {"num_hidden_layers": 48}
 JET_BIG = JET | {
@@ -102,3 +108,29 @@ def test_the_exit_gate_of_ouro_is_kept_with_the_checkpoint(tmp_path: Path) -> No
 def test_ouro_goes_round_through_its_final_norm(tmp_path: Path) -> None:
     write_tiny(tmp_path / "model", TINY_OURO)
     assert imported(tmp_path / "model", tmp_path / "run").sleep.norm_between_passes
+
+
+@pytest.mark.parametrize(
+    ("name", "published", "changes"),
+    [
+        ("ouro_1b4", OURO, {"pattern": "attn", "pattern_repeats": 24}),
+        ("jet_nemotron_2b", JET, {"prelude_blocks": 7, "coda_blocks": 7}),
+    ],
+)
+def test_the_settings_in_configs_are_those_that_are_read_from_the_published_ones(
+    name: str, published: dict[str, Any], changes: dict[str, Any]
+) -> None:
+    written = yaml.safe_load((CONFIGS / "model" / f"{name}.yaml").read_text())
+    _, model = read_config(published, name, has_head=not published.get("tie_word_embeddings", "jet" in name))
+    assert from_dict(ModelConfig, written) == replace(model, **changes)
+
+
+def test_the_inserted_jet_blocks_are_less_than_a_tenth_new() -> None:
+    written = [
+        yaml.safe_load((CONFIGS / "model" / f"{n}.yaml").read_text()) for n in ("ouro_1b4", "ouro_1b4_jet")
+    ]
+    plain, with_jet = (
+        sum(count_parameters(from_dict(ModelConfig, w), SleepConfig(num_passes=1), 49152)) for w in written
+    )
+    assert plain == 1_434_652_673 - 2049  # its exit gate is kept beside the weights
+    assert with_jet / plain - 1 == pytest.approx(0.081, abs=5e-4)
