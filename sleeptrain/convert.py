@@ -5,13 +5,19 @@
 
 import sys
 import textwrap
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from sleeptrain.evaluate import parse
 from sleeptrain.schema import ConfigError, RunError, describe, from_dict, setting, to_dict
+
+if TYPE_CHECKING:
+    from sleeptrain.checkpoint.huggingface.folder import Folder
+    from sleeptrain.checkpoint.huggingface.mapping import Mapped
+    from sleeptrain.config import Config
 
 USAGE = """\
 usage: python -m sleeptrain.convert import source=FOLDER output=FOLDER [SECTION.KEY=VALUE ...]
@@ -30,6 +36,7 @@ downloaded, no code of the folder is run, no pickle is read. Of SECTION.KEY thos
 model.prelude_blocks and model.coda_blocks.
 """
 
+SECTIONS: tuple[str, ...] = ("sleep", "task", "model")
 FREE_MODEL = ("prelude_blocks", "coda_blocks")
 
 
@@ -98,7 +105,7 @@ def run_import(given: dict[str, Any]) -> None:
     from sleeptrain.checkpoint.huggingface.incoming import import_folder
     from sleeptrain.checkpoint.huggingface.mapping import map_folder
 
-    changes = {section: given.pop(section) for section in ("sleep", "task", "model") if section in given}
+    changes = {section: given.pop(section) for section in SECTIONS if section in given}
     settings = from_dict(ImportConfig, given)
     folder, output = Folder(Path(settings.source)), Path(settings.output)
     mapped = map_folder(folder)
@@ -111,16 +118,19 @@ def run_import(given: dict[str, Any]) -> None:
         written = import_folder(folder, mapped, config, output, tell)
     replace_file(output / "model.yaml", OmegaConf.to_yaml(OmegaConf.create(to_dict(config.model))).encode())
     print(f"wrote {written}")
-    if config.task.tokenizer == "bytes":  # type: ignore[union-attr]
+    if not (output / "tokenizer.json").exists():
         print("there is no tokenizer.json: generate takes ids=[...], and no prompt")
 
 
-def run_config(mapped: Any, output: Path, folder: Any, changes: dict[str, Any]) -> Any:
+def run_config(mapped: "Mapped", output: Path, folder: "Folder", changes: dict[str, Any]) -> "Config":
     """The settings that the imported checkpoint has: one pass, one window, next-token prediction, unless
     changed. Raises ConfigError for a change that would make it another model.
     """
     from sleeptrain.config import Config, RunConfig, SleepConfig, TextConfig
 
+    for section, values in changes.items():
+        if not isinstance(values, dict):
+            raise ConfigError(f"{section}={values} is no setting here; write {section}.KEY=VALUE")
     unknown = sorted(set(changes.get("model", {})) - set(FREE_MODEL))
     if unknown:
         raise ConfigError(
@@ -133,9 +143,10 @@ def run_config(mapped: Any, output: Path, folder: Any, changes: dict[str, Any]) 
         window_tokens=0, num_passes=1, schedule="predict_then_consolidate", **mapped.family.sleep
     )
     whole = to_dict(Config(RunConfig(output.name, str(output)), mapped.model, sleep, task))
+    window_tokens = changes.get("sleep", {}).get("window_tokens", 0)
+    if isinstance(window_tokens, int):  # anything else is refused below
+        whole["task"]["sequence_tokens"] = max(task.sequence_tokens, window_tokens)
     for section, values in changes.items():
-        if not isinstance(values, dict):
-            raise ConfigError(f"{section}={values} is no setting here; write {section}.KEY=VALUE")
         whole[section] |= values
     return from_dict(Config, whole)
 
@@ -158,19 +169,17 @@ def run_export(given: dict[str, Any]) -> None:
     print(f"wrote {output}")
 
 
-class _bar:
-    """A progress bar over tensors, on a terminal."""
+@contextmanager
+def _bar(count: int) -> Iterator[Callable[[str], None]]:
+    """A progress bar over tensors, on a terminal; what it gives hears of each."""
+    from tqdm import tqdm
 
-    def __init__(self, count: int) -> None:
-        from tqdm import tqdm
+    with tqdm(total=count, unit="tensor", disable=None) as bar:
 
-        self._tqdm = tqdm(total=count, unit="tensor", disable=None)
+        def tell(name: str) -> None:
+            bar.update()
 
-    def __enter__(self) -> Callable[[str], None]:
-        return lambda name: self._tqdm.update() and None
-
-    def __exit__(self, *error: object) -> None:
-        self._tqdm.close()
+        yield tell
 
 
 COMMANDS = {"import": run_import, "export": run_export}

@@ -35,21 +35,22 @@ def source(tmp_path: Path) -> Path:
 
 def test_in_read_evaluated_and_out(source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run, out = tmp_path / "run", tmp_path / "out"
-    arguments = [f"source={source}", f"output={run}", "sleep.window_tokens=32", "sleep.num_passes=2"]
+    arguments = [f"source={source}", f"output={run}", "sleep.window_tokens=600", "sleep.num_passes=2"]
     assert convert.main(["import", *arguments, "model.coda_blocks=1"]) == 0
     count = sum(math.prod(shape) for shape in shapes_of(Folder(source).config).values())
     assert f"jet_nemotron, {count:,} weights, licence: apache-2.0" in capsys.readouterr().out
     found = find(run)
     assert found.documents["origin"]["licence"] == "apache-2.0"
-    assert found.documents["config"]["sleep"]["window_tokens"] == 32
+    assert found.documents["config"]["sleep"]["window_tokens"] == 600
+    assert found.documents["config"]["task"]["sequence_tokens"] == 600
     assert found.documents["config"]["task"]["end_token"] == "<end>"
     model = from_dict(ModelConfig, yaml.safe_load((run / "model.yaml").read_text()))
     assert (model.vocab_multiple, model.coda_blocks) == (257, 1)
 
     slept = []
     session = Session(run, device="cpu", on_sleep=slept.append)
-    assert session.feed("a text that is longer than its window").shape == (1, 37, 257)
-    assert [(sleep.num_tokens, sleep.num_passes) for sleep in slept] == [(32, 2)]
+    assert session.feed("a text as long as two windows" * 40).shape == (1, 1160, 257)
+    assert [(sleep.num_tokens, sleep.num_passes) for sleep in slept] == [(600, 2)]
     capsys.readouterr()
     assert generate.main([f"checkpoint={run}", "prompt=some", "max_tokens=3", "device=cpu"]) == 0
     given = [
@@ -57,7 +58,7 @@ def test_in_read_evaluated_and_out(source: Path, tmp_path: Path, capsys: pytest.
         "num_examples=2",
         "num_passes=[1,2]",
         "device=cpu",
-        "task.sequence_tokens=64",
+        "batch_sequences=2",
     ]
     assert evaluate.main(given) == 0
 

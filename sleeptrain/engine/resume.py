@@ -96,6 +96,13 @@ def initial_weights(config: Config, vocab_size: int) -> InitialWeights:
     return InitialWeights(found, config.model, shapes, config.run.init_new)
 
 
+def check_initial_weights(checkpoints_dir: Path, config: Config, vocab_size: int) -> None:
+    """Raises ConfigError, before anything else is made, where a new run cannot start as ``run.init_from``
+    says. A run that has checkpoints, perhaps in its bucket, needs that folder no more."""
+    if config.run.init_from and not config.checkpoint.bucket and not store.peek(checkpoints_dir):
+        initial_weights(config, vocab_size)
+
+
 def origin_of(found: Checkpoint) -> dict[str, Any]:
     """The document that says where imported weights came from, if there is one: it goes along with them."""
     return {ORIGIN: found.documents[ORIGIN]} if ORIGIN in found.documents else {}

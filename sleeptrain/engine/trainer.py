@@ -37,6 +37,7 @@ from sleeptrain.engine.progress import Progress
 from sleeptrain.engine.rerun import ReplicasDifferError, Reruns
 from sleeptrain.engine.resilience import EXIT_REQUEUE, RunLock, StopSignal, cut_metrics
 from sleeptrain.engine.resume import (
+    check_initial_weights,
     initial_weights,
     newest_checkpoint,
     open_bucket,
@@ -67,8 +68,7 @@ def train(config: Config, frozen_config: str) -> int:
     refuse_drift(folder / "checkpoints", config)
     task = open_task(config.task)
     vocab_size = config.model.rounded_vocab(task.vocab_size)
-    if config.run.init_from:
-        initial_weights(config, vocab_size)  # says now what does not fit
+    check_initial_weights(folder / "checkpoints", config, vocab_size)
     check_difficulties(task, config.eval.difficulties)
     mixture, bucket = open_mixture(config, task), open_bucket(config)
     try:

@@ -65,11 +65,14 @@ def export_checkpoint(
 
 def _require_same(described: ModelConfig, saved: ModelConfig) -> None:
     """Apart from what does not shape a prediction of one pass."""
-    free = {
+    free: dict[str, Any] = {
         name: getattr(described, name)
         for name in ("prelude_blocks", "coda_blocks", "dropout", "init_std", "embedding_init_std")
     }
-    same = {"pattern": " ".join(saved.pattern.split() * saved.pattern_repeats), "pattern_repeats": 1}
+    same: dict[str, Any] = {
+        "pattern": " ".join(saved.pattern.split() * saved.pattern_repeats),
+        "pattern_repeats": 1,
+    }
     changed = differences(to_dict(described), to_dict(replace(saved, **free, **same)))
     if changed:
         raise ConfigError(
@@ -80,7 +83,9 @@ def _require_same(described: ModelConfig, saved: ModelConfig) -> None:
 
 def _write_shards(output: Path, tensors: Iterator[tuple[str, Tensor]], shard_bytes: int) -> None:
     """At most ``shard_bytes`` are in memory, or one tensor. Several shards have an index."""
-    files, shard, weight_map = [], dict[str, Tensor](), dict[str, int]()
+    files: list[Path] = []
+    shard: dict[str, Tensor] = {}
+    weight_map: dict[str, int] = {}
     total = 0
 
     def flush() -> None:

@@ -10,6 +10,7 @@ import torch
 import yaml
 from importing import fed, import_to, imported
 from layouts import JET, OURO, TINY_JET, TINY_OURO, jet_sizes, predict, shapes_of, write_sparse, write_tiny
+from safetensors.torch import save_file
 
 from sleeptrain.checkpoint.huggingface.folder import Folder
 from sleeptrain.checkpoint.huggingface.incoming import from_text
@@ -95,6 +96,17 @@ def test_what_comes_in_goes_out_bit_for_bit(
     for name, weight in weights.items():
         assert out.read(name).dtype == dtype
         assert torch.equal(out.read(name), weight), name
+
+
+def test_a_tensor_of_another_type_than_the_rest_keeps_it(tmp_path: Path) -> None:
+    weights = write_tiny(tmp_path / "model", TINY_JET, torch.bfloat16)
+    weights = {name: w.float() if name.endswith(("A_log", "dt_bias")) else w for name, w in weights.items()}
+    save_file(weights, tmp_path / "model" / "model.safetensors")
+    import_to(tmp_path / "model", tmp_path / "run")
+    export_checkpoint(find(tmp_path / "run"), tmp_path / "out", lambda name: None)
+    before, after = Folder(tmp_path / "model"), Folder(tmp_path / "out")
+    assert {n: t.dtype for n, t in before.tensors.items()} == {n: t.dtype for n, t in after.tensors.items()}
+    assert all(torch.equal(before.read(name), after.read(name)) for name in weights)
 
 
 def test_the_exit_gate_of_ouro_is_kept_with_the_checkpoint(tmp_path: Path) -> None:

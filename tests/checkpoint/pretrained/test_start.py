@@ -1,5 +1,6 @@
 """A run that starts from imported weights (``run.init_from``): inserted blocks are new, all else is there."""
 
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -78,9 +79,11 @@ def test_inserted_blocks_are_new_and_the_others_are_those_of_the_checkpoint(ouro
     assert seen == source.keys()
 
 
+@pytest.mark.more
 def test_training_goes_on_from_there_resumes_and_remembers_the_origin(ouro: Config) -> None:
     config, folder = with_jet(ouro), Path(ouro.run.dir)
     assert train(config, "") == 0
+    shutil.rmtree(config.run.init_from)  # a run that has checkpoints needs it no more
     more = replace(config, optim=replace(config.optim, num_steps=3))
     assert train(replace(more, run=replace(more.run, allow_config_change=True)), "") == 0
     found = find(folder)
