@@ -69,7 +69,7 @@ def test_in_read_evaluated_and_out(source: Path, tmp_path: Path, capsys: pytest.
     assert (out / "tokenizer.json").read_bytes() == (source / "tokenizer.json").read_bytes()
     assert (out / "LICENSE.txt").read_text() == "Apache License"
     card = (out / "README.md").read_text()
-    assert card.startswith("---\nlicense: apache-2.0\nbase_model: model\n")
+    assert card.startswith('---\nlicense: apache-2.0\nbase_model: "model"\n')
     assert "The weights of model, as they were imported." in card
 
 

@@ -12,7 +12,14 @@ def model_card(checkpoint: Checkpoint, origin: dict[str, Any]) -> str:
     config = checkpoint.documents["config"]
     licence = origin["licence"] or "unknown"
     known = licence if licence.replace("-", "").replace(".", "").isalnum() else "other"
-    lines = ["---", f"license: {known}", f"base_model: {origin['name']}", "tags: [sleeptrain]", "---", ""]
+    lines = [
+        "---",
+        f"license: {known}",
+        f"base_model: {json.dumps(origin['name'])}",
+        "tags: [sleeptrain]",
+        "---",
+        "",
+    ]
     lines += [f"# {config['run']['id']}", ""]
     if checkpoint.step:
         sleep = config["sleep"]

@@ -57,6 +57,13 @@ class Folder:
         with _opened(self.path / file) as opened:
             return opened.get_tensor(name)
 
+    @property
+    def name(self) -> str:
+        """As its makers call it where the config.json says so, and says no path; else the folder's own."""
+        said = self.config.get("_name_or_path")
+        is_name = isinstance(said, str) and re.fullmatch(r"[\w.-]+(/[\w.-]+)?", said)
+        return said if is_name else self.path.resolve().name
+
     def end_token(self) -> str:
         """With which documents end: that of the tokenizer's settings, empty where they name none."""
         if not (self.path / "tokenizer_config.json").is_file():
@@ -67,8 +74,9 @@ class Folder:
     def licence(self) -> str | None:
         """As the model card names it, or the first line of a licence file; None where nothing is said."""
         card = self.path / CARD
-        if card.is_file() and (said := _front_matter(card.read_text(errors="replace")).get("license")):
-            return said
+        said = _front_matter(card.read_text(errors="replace")) if card.is_file() else {}
+        if "license" in said:
+            return said.get("license_name") or said["license"]
         for path in side_files(self.path):
             if _LICENCE_FILE.fullmatch(path.name):
                 lines = path.read_text(errors="replace").split("\n")
@@ -124,7 +132,7 @@ class Folder:
 
 def side_files(path: Path) -> list[Path]:
     """Of a folder's tokenizer, and its licence."""
-    names = sorted(found.name for found in path.iterdir() if found.is_file() and not found.is_symlink())
+    names = sorted(found.name for found in path.iterdir() if found.is_file())  # links too: caches hold them
     return [path / name for name in names if name in TOKENIZER_FILES or _LICENCE_FILE.fullmatch(name)]
 
 

@@ -69,7 +69,7 @@ def origin_of(folder: Folder, mapped: Mapped) -> dict[str, Any]:
     dtypes = {name: found.dtype for name, found in folder.tensors.items()}
     usual_dtype = Counter(dtypes[name] for name in mapped.names.values()).most_common(1)[0][0]
     return {
-        "name": folder.config.get("_name_or_path") or folder.path.resolve().name,
+        "name": folder.name,
         "licence": folder.licence(),
         "config": folder.config,
         "dtype": usual_dtype,

@@ -105,7 +105,7 @@ def test_a_trained_model_of_the_same_architecture_is_exported(ouro: Config, tmp_
     assert not any("exit_gate" in name for name in changed)
     assert {found.dtype for found in after.tensors.values()} == {"bfloat16"}
     card = (tmp_path / "out" / "README.md").read_text()
-    assert "base_model: model" in card
+    assert 'base_model: "model"' in card
     assert "for 2 steps on the task rule110, with N = 1 passes over windows of 6 tokens" in card
     assert "| eval/exact_accuracy |" in card
 
