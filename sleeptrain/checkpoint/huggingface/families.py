@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 from sleeptrain.checkpoint.huggingface.fields import Fields
 from sleeptrain.checkpoint.huggingface.pairs import Pair, pair
 from sleeptrain.config import BlockSpec, ModelConfig
-from sleeptrain.schema import ConfigError, unknown
+from sleeptrain.schema import ConfigError, from_dict, unknown
 
 _O_BIAS = "the output projection of attention has no bias here"
 _NORMS = {"input_layernorm": "mixer_norm", "post_attention_layernorm": "mlp_norm"}
@@ -65,7 +65,8 @@ def model_config(family: Family, fields: Fields, is_tied: bool) -> ModelConfig:
         "embedding_init_std": std,
     }
     theta, share = fields.rope()
-    return ModelConfig(**{**common, "rope_theta": theta, "rotary_fraction": share, **family.model(fields)})
+    values = {**common, "rope_theta": theta, "rotary_fraction": share, **family.model(fields)}
+    return from_dict(ModelConfig, values, "model.")
 
 
 def pairs_of(family: Family, config: ModelConfig) -> list[Pair]:

@@ -61,8 +61,9 @@ class Folder:
     def name(self) -> str:
         """As its makers call it where the config.json says so, and says no path; else the folder's own."""
         said = self.config.get("_name_or_path")
-        is_name = isinstance(said, str) and re.fullmatch(r"[\w.-]+(/[\w.-]+)?", said)
-        return said if is_name else self.path.resolve().name
+        if isinstance(said, str) and re.fullmatch(r"[\w.-]+(/[\w.-]+)?", said):
+            return said
+        return self.path.resolve().name
 
     def end_token(self) -> str:
         """With which documents end: that of the tokenizer's settings, empty where they name none."""

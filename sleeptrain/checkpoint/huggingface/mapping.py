@@ -38,11 +38,17 @@ class Mapped(NamedTuple):
 
 
 def read_config(config: dict[str, Any], where: str, has_head: bool) -> tuple[Family, ModelConfig]:
-    """What a config.json describes; ``has_head``: whether a head of its own lies beside it."""
+    """What a config.json describes; ``has_head``: whether a head of its own lies beside it. Raises
+    ConfigError where it describes nothing that is known here."""
     fields = Fields(config, where)
-    family, section = family_of(fields)
-    is_tied = bool(fields.get("tie_word_embeddings", not has_head))
-    return family, model_config(family, section, is_tied)
+    try:
+        family, section = family_of(fields)
+        is_tied = bool(fields.get("tie_word_embeddings", not has_head))
+        return family, model_config(family, section, is_tied)
+    except ConfigError:
+        raise
+    except (TypeError, ValueError, AttributeError, ArithmeticError) as error:
+        raise ConfigError(f"{where}/config.json is malformed ({error}); give a complete one") from error
 
 
 def map_folder(folder: Folder) -> Mapped:

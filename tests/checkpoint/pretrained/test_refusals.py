@@ -65,6 +65,9 @@ def test_every_tensor_is_accounted_for_in_one_list(tmp_path: Path) -> None:
             "layer_types='sliding_attention' cannot be imported: the layers",
         ),
         ({"layer_types": []}, "it names 0 layers of 1"),
+        ({"hidden_size": "wide"}, r"config.json is malformed \(.*\); give a complete one"),
+        ({"intermediate_size": "wide"}, "model.mlp_dim='wide' is of the wrong type"),
+        ({"rope_parameters": 5}, r"config.json is malformed"),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
 )
