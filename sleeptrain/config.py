@@ -71,8 +71,26 @@ class ModelConfig:
         8, "the hidden layer that makes a jet block's kernels has d_v*heads/this channels"
     )
     mlp_dim: int | None = setting(None, "hidden width of the gated MLP; null: 8/3 d_model rounded up to 16")
+    memory_mlp: bool = setting(True, "gdn and jet blocks have an MLP; false: only attention blocks have one")
+    attention_bias: bool = setting(False, "biases of queries, keys and values in attention blocks")
+    attention_gate: bool = setting(False, "sigmoid gate on the output of attention, before its projection")
+    qk_norm: Literal["none", "head", "width"] = setting(
+        "none", "RMSNorm of queries and keys in attention blocks: over each head, or over all heads at once"
+    )
     rope_theta: float = setting(10000.0, "base of the rotary position frequencies")
+    rotary_fraction: float = setting(1.0, "share of an attention head that rotates, its first part; 0: none")
+    norm_placement: Literal["pre", "sandwich", "mixed"] = setting(
+        "pre",
+        "norms before mixer and MLP; or before and after both; or, mixed, after them in attention blocks and "
+        "before them in the others",
+    )
+    zero_centred_norms: bool = setting(
+        False, "norms multiply by 1 + weight, and weights start at 0; but not those of fast weights"
+    )
     norm_eps: float = setting(1e-6, "epsilon of every RMSNorm")
+    memory_norm_eps: float | None = setting(
+        None, "epsilon of the norm of what fast weights give; null: norm_eps"
+    )
     dropout: float = setting(0.0, "share of each block's output that is dropped in training")
     vocab_multiple: int = setting(1, "round the vocabulary up to a multiple of this; the rest is unused")
     tie_embeddings: bool = setting(False, "the head reads out with the embedding matrix")
@@ -98,6 +116,20 @@ class ModelConfig:
     def rounded_vocab(self, vocab_size: int) -> int:
         """Rows of the embedding for a task with this vocabulary."""
         return -(-vocab_size // self.vocab_multiple) * self.vocab_multiple
+
+    @property
+    def rotary_dim(self) -> int:
+        """How many numbers of an attention head rotate."""
+        return int(self.attention_head_dim * self.rotary_fraction)
+
+    def has_mlp(self, spec: BlockSpec) -> bool:
+        return self.memory_mlp or not spec.is_fast_weight
+
+    def norms(self, spec: BlockSpec) -> tuple[bool, bool]:
+        """Whether a block has norms before, and after, its mixer and its MLP."""
+        if self.norm_placement == "mixed":
+            return spec.is_fast_weight, not spec.is_fast_weight
+        return True, self.norm_placement == "sandwich"
 
     @property
     def mlp_hidden(self) -> int:
@@ -130,6 +162,12 @@ class ModelConfig:
         if self.attention_head_dim % 2:
             raise ConfigError(
                 f"the attention head size {self.attention_head_dim} is odd; set an even model.head_dim"
+            )
+        _require_in("model", self, ("rotary_fraction",), 0, 1)
+        if self.rotary_dim % 2:
+            raise ConfigError(
+                f"model.rotary_fraction={self.rotary_fraction} of the attention head size "
+                f"{self.attention_head_dim} is odd, and what rotates are pairs; change one of them"
             )
         if self.num_heads % self.kv_heads:
             raise ConfigError(
@@ -352,12 +390,19 @@ class TextConfig:
     folder: str = setting("stdlib", "folder of text files, or 'stdlib': the source of Python's own library")
     suffixes: tuple[str, ...] = setting((".txt", ".md", ".py"), "file name endings that count as text")
     tokenizer: str = setting("bytes", "'bytes', or the path of a Hugging Face tokenizer.json")
+    end_token: str = setting(
+        "", "token of a tokenizer.json that ends a document; empty: an id of its own, after all others"
+    )
     sequence_tokens: int = setting(512, "T, tokens of an example")
 
     def __post_init__(self) -> None:
         if self.sequence_tokens < 2:
             raise ConfigError(
                 f"task.sequence_tokens={self.sequence_tokens} is below 2; an example needs 2 tokens"
+            )
+        if self.end_token and self.tokenizer == "bytes":
+            raise ConfigError(
+                f"task.end_token={self.end_token!r} is no byte; leave it out, or give a task.tokenizer"
             )
 
 
@@ -590,6 +635,13 @@ class RunConfig:
     id: str = setting("quickstart", "name of the run; the same id again resumes")
     dir: str = setting("runs/${run.id}", "run folder")
     seed: int = setting(0, "seed of the initial weights, the data order and a sampled N")
+    init_from: str = setting(
+        "", "run or checkpoint folder whose weights a new run starts with, instead of random ones"
+    )
+    init_new: tuple[str, ...] = setting(
+        (),
+        "patterns of weights that init_from lacks and that keep their own: [stack.blocks.4.*] is a new block",
+    )
     device: Literal["auto", "cpu", "cuda"] = setting("auto", "auto: cuda if there is one")
     precision: Literal["auto", "float32", "bfloat16"] = setting(
         "auto", "compute type over float32 weights; auto: float32 on cpu, bfloat16 on cuda"
@@ -608,6 +660,11 @@ class RunConfig:
 
     def __post_init__(self) -> None:
         _require_in("run", self, ("check_replicas_every_steps", "hang_timeout_seconds"), 0)
+        if self.init_new and not self.init_from:
+            raise ConfigError(
+                f"run.init_new={list(self.init_new)} is for run.init_from, which is not given; without it "
+                "all weights are new"
+            )
 
 
 @dataclass(frozen=True)

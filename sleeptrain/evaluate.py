@@ -97,7 +97,7 @@ def run(settings: EvaluateConfig, task_changes: dict[str, Any]) -> Path:
     config = restored.settings_of(found, settings.device, task_changes)
     task = open_task(config.task)
     vocab_size = found.shape("model", "embed.weight")[0]
-    if task.vocab_size != vocab_size:
+    if config.model.rounded_vocab(task.vocab_size) != vocab_size:
         raise ConfigError(
             f"the task needs a vocabulary of {task.vocab_size} and the checkpoint has "
             f"{vocab_size}; change task.* back"

@@ -143,7 +143,7 @@ class Session:
                 "a sequence has read nothing yet, so there is nothing to go on from; feed a token first"
             )
         generator = torch.Generator(self.device).manual_seed(seed)
-        end = self.model.head.out_features if self.tokenizer is None else len(self.tokenizer.bytes_per_id) - 1
+        end = self.model.head.out_features if self.tokenizer is None else self.tokenizer.end_id
         for _ in range(max_tokens):
             ids = choose(self._next, temperature, top_p, generator)
             self.read(ids[:, None])

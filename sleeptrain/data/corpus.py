@@ -58,8 +58,8 @@ class ShardedText(TextCrops):
             )
         index = self._indexes[split]
         reader = ShardReader(join(self.config.folder, split), index, None)
-        end = self.vocab_size - 1
-        dtype = np.uint16 if end < 2**16 else np.uint32
+        end = self.end_id
+        dtype = np.uint16 if self.vocab_size <= 2**16 else np.uint32
         parts = []
         for number in range(len(index.shards)):
             shard = reader.fetch(number).result()

@@ -9,14 +9,15 @@ from sleeptrain.data.index import Index, require_plain_url
 from sleeptrain.data.shard_plan import plan_of_run, planned_index
 from sleeptrain.schema import ConfigError
 from sleeptrain.tasks.base import Task
+from sleeptrain.tasks.text import TextCrops
 
 
 @dataclass(frozen=True)
 class Mixture:
     """``num_streams`` logical streams draw from the sources ``urls`` by their ``shares``, which add up to 1.
 
-    A row has ``row_tokens``: one example, or documents packed from window borders on. ``cache`` is a folder
-    for copies of shards and its size in bytes.
+    A row has ``row_tokens``: one example, or documents packed from window borders on, each with ``end_id``
+    before and after it. ``cache`` is a folder for copies of shards and its size in bytes.
     """
 
     urls: tuple[str, ...]
@@ -25,6 +26,7 @@ class Mixture:
     num_streams: int
     seed: int
     vocab_size: int
+    end_id: int
     row_tokens: int
     window_tokens: int
     skips_bad_shards: bool
@@ -70,6 +72,7 @@ def open_mixture(run: Config, task: Task) -> Mixture | None:
         num_streams=config.batch_sequences if run.sleep.carry_between_batches else config.streams,
         seed=run.run.seed,
         vocab_size=task.vocab_size,
+        end_id=task.end_id if isinstance(task, TextCrops) else task.vocab_size - 1,
         row_tokens=task.sequence_tokens,
         window_tokens=length,
         skips_bad_shards=config.on_bad_shard == "skip",

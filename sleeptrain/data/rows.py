@@ -158,8 +158,9 @@ class _Stream:
         while window < num_windows:
             source = self._next()
             shard, sample, name = source.find()
-            first, end = source.position.tokens, self.mixture.vocab_size - 1
-            text = np.concatenate([[end], _document(shard, sample, end), [end]]).astype(np.int64)
+            first, end = source.position.tokens, self.mixture.end_id
+            num_ids = self.mixture.vocab_size - (end == self.mixture.vocab_size - 1)  # without one of its own
+            text = np.concatenate([[end], _document(shard, sample, num_ids), [end]]).astype(np.int64)
             left = len(text) - 1 - first
             used = min(-(-left // length), num_windows - window)
             pads = -left % length
@@ -244,10 +245,10 @@ class _Source:
         return shard_at(place, len(self.reader.index.shards), self.mixture.seed, self.source)
 
 
-def _document(shard: Shard, sample: int, end: int) -> Tokens:
+def _document(shard: Shard, sample: int, num_ids: int) -> Tokens:
     tokens = shard.tokens(sample)
-    if tokens.ndim != 1 or (tokens.size and not 0 <= tokens.min() <= tokens.max() < end):
-        raise ShardError(f"{shard.name}: document {shard.keys[sample]} is no row of ids below {end}")
+    if tokens.ndim != 1 or (tokens.size and not 0 <= tokens.min() <= tokens.max() < num_ids):
+        raise ShardError(f"{shard.name}: document {shard.keys[sample]} is no row of ids below {num_ids}")
     return tokens
 
 

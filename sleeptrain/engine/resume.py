@@ -7,10 +7,12 @@ from typing import Any
 
 from sleeptrain.checkpoint import store
 from sleeptrain.checkpoint.bucket import Bucket
-from sleeptrain.checkpoint.manifest import differences
+from sleeptrain.checkpoint.initial import InitialWeights
+from sleeptrain.checkpoint.manifest import FILE, differences
 from sleeptrain.checkpoint.reader import Checkpoint
 from sleeptrain.config import Config
 from sleeptrain.data.index import require_plain_url
+from sleeptrain.parallel.layout import logical_shapes
 from sleeptrain.parallel.place import Place
 from sleeptrain.schema import ConfigError, to_dict
 
@@ -34,6 +36,7 @@ FREE_SETTINGS = (
     "data.cache_gib",
     "sleep.activation_checkpointing",
 )
+ORIGIN = "origin"
 FREE_SECTIONS = ("log.", "checkpoint.", "eval.", "parallel.", "cluster.")
 COMPUTING_PACKAGES = ("torch", "triton")
 
@@ -80,6 +83,29 @@ def newest_checkpoint(checkpoints_dir: Path, place: Place, bucket: Bucket | None
             bucket.put(found.path)  # the copy had failed
     path = place.from_first(path)
     return Checkpoint(path) if path else None
+
+
+def initial_weights(config: Config, vocab_size: int) -> InitialWeights:
+    """What ``run.init_from`` names, of which only the list is read yet. Raises ConfigError where there is no
+    checkpoint, or its weights do not fit this model."""
+    path = Path(config.run.init_from)
+    found = Checkpoint(path) if (path / FILE).exists() else store.peek(path / "checkpoints")
+    if found is None:
+        raise ConfigError(f"run.init_from={path} holds no checkpoint; give a run folder or a step folder")
+    shapes = logical_shapes(config, vocab_size)
+    return InitialWeights(found, config.model, shapes, config.run.init_new)
+
+
+def check_initial_weights(checkpoints_dir: Path, config: Config, vocab_size: int) -> None:
+    """Raises ConfigError, before anything else is made, where a new run cannot start as ``run.init_from``
+    says. A run that has checkpoints, perhaps in its bucket, needs that folder no more."""
+    if config.run.init_from and not config.checkpoint.bucket and not store.peek(checkpoints_dir):
+        initial_weights(config, vocab_size)
+
+
+def origin_of(found: Checkpoint) -> dict[str, Any]:
+    """The document that says where imported weights came from, if there is one: it goes along with them."""
+    return {ORIGIN: found.documents[ORIGIN]} if ORIGIN in found.documents else {}
 
 
 def require_same_run(found: Checkpoint, documents: dict[str, Any], change_allowed: bool) -> None:

@@ -37,8 +37,11 @@ from sleeptrain.engine.progress import Progress
 from sleeptrain.engine.rerun import ReplicasDifferError, Reruns
 from sleeptrain.engine.resilience import EXIT_REQUEUE, RunLock, StopSignal, cut_metrics
 from sleeptrain.engine.resume import (
+    check_initial_weights,
+    initial_weights,
     newest_checkpoint,
     open_bucket,
+    origin_of,
     refuse_drift,
     require_fitting_moments,
     require_same_run,
@@ -64,6 +67,8 @@ def train(config: Config, frozen_config: str) -> int:
     RunLock(folder).check()
     refuse_drift(folder / "checkpoints", config)
     task = open_task(config.task)
+    vocab_size = config.model.rounded_vocab(task.vocab_size)
+    check_initial_weights(folder / "checkpoints", config, vocab_size)
     check_difficulties(task, config.eval.difficulties)
     mixture, bucket = open_mixture(config, task), open_bucket(config)
     try:
@@ -72,7 +77,6 @@ def train(config: Config, frozen_config: str) -> int:
         raise ConfigError(
             f"run.dir={folder} cannot be made a folder ({error.strerror}); choose another"
         ) from error
-    vocab_size = config.model.rounded_vocab(task.vocab_size)
     rank = rank_given()
     with (
         rank_log(folder, rank) as log,
@@ -141,7 +145,10 @@ class Trainer:
         self.owes_evaluation = False  # a stop came amid that of this step: the resumed run makes it
         data = task.fingerprint() | (mixture.fingerprint() if mixture else {})
         self.documents = {"config": to_dict(config), "data": data, "versions": versions()}
-        self._resume()
+        if not self._resume() and config.run.init_from:
+            weights = initial_weights(config, self.vocab_size)
+            self.backend.start_from(weights)
+            self.documents |= origin_of(weights.checkpoint)
         if place.rank == 0:
             replace_file(folder / "config.yaml", frozen_config.encode())
             cut_metrics(folder / FILE_NAME, self.step)
@@ -373,6 +380,7 @@ class Trainer:
             raise ConfigError(
                 f"{found.path} does not fit this run: {error}; choose another run.id"
             ) from error
+        self.documents |= origin_of(found)
         self.step = self.saver.committed_step = found.step
         return True
 

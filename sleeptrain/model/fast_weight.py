@@ -42,7 +42,8 @@ class FastWeight(nn.Module):
             self.A_log = nn.Parameter(torch.empty(config.memory_heads))
             self.dt_bias = nn.Parameter(torch.empty(config.memory_heads))
         self.g_proj = nn.Linear(config.d_model, values, bias=False)
-        self.o_norm = RMSNorm(config.memory_value_dim, config.norm_eps)
+        eps = config.norm_eps if config.memory_norm_eps is None else config.memory_norm_eps
+        self.o_norm = RMSNorm(config.memory_value_dim, eps)
         self.o_proj = nn.Linear(values, config.d_model, bias=False)
 
     def forward(

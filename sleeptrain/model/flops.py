@@ -11,6 +11,17 @@ from typing import NamedTuple
 from sleeptrain.config import BlockSpec, ModelConfig, SleepConfig
 from sleeptrain.memory import RULES
 from sleeptrain.memory.chunked import chunk_tokens
+from sleeptrain.model.sizes import (
+    block_norms,
+    fast_blocks,
+    jet_hidden,
+    key_channels,
+    mixer_matrices,
+    mixer_vectors,
+    mlp_matrices,
+    state_size,
+    value_channels,
+)
 from sleeptrain.model.visits import Visit, Window, plan, segments_of
 
 FLOAT32_BYTES = 4
@@ -71,19 +82,23 @@ def count_parameters(config: ModelConfig, sleep: SleepConfig, vocab_size: int) -
     width, blocks = config.d_model, config.blocks
     sizes = {
         kind: sum(
-            width + _mixer_vectors(config, spec) + sum(_mixer_matrices(config, spec).values())
+            block_norms(config, spec)
+            + mixer_vectors(config, spec)
+            + sum(mixer_matrices(config, spec).values())
             for spec in blocks
             if spec.is_fast_weight == kind
         )
         for kind in (False, True)
     }
-    start = _state_size(config) * len(_fast(blocks)) if sleep.learned_initial_state else 0
+    start = state_size(config) * len(fast_blocks(blocks)) if sleep.learned_initial_state else 0
     halting = width + 1 if sleep.halting == "learned" else 0
     return Parameters(
         embedding=vocab_size * width,
         attention=sizes[False],
         memory=sizes[True] + start + halting,
-        mlp=len(blocks) * (width + _mlp_matrices(config)),
+        mlp=sum(
+            block_norms(config, spec) + mlp_matrices(config, spec) for spec in blocks if config.has_mlp(spec)
+        ),
         head=width + (0 if config.tie_embeddings else vocab_size * width),
     )
 
@@ -92,7 +107,7 @@ def fixed_bytes(config: ModelConfig, sleep: SleepConfig, vocab_size: int) -> Fix
     """Bytes of weights, gradients and both optimizers' moments."""
     total = sum(count_parameters(config, sleep, vocab_size))
     by_muon = sum(
-        sum(_mixer_matrices(config, spec).values()) + _mlp_matrices(config) for spec in config.blocks
+        sum(mixer_matrices(config, spec).values()) + mlp_matrices(config, spec) for spec in config.blocks
     )
     weights = FLOAT32_BYTES * total
     return FixedBytes(weights, weights, FLOAT32_BYTES * (by_muon + 2 * (total - by_muon)))
@@ -100,7 +115,7 @@ def fixed_bytes(config: ModelConfig, sleep: SleepConfig, vocab_size: int) -> Fix
 
 def state_bytes(config: ModelConfig) -> int:
     """Bytes of the fast weights of one sequence."""
-    return FLOAT32_BYTES * _state_size(config) * len(_fast(config.blocks))
+    return FLOAT32_BYTES * state_size(config) * len(fast_blocks(config.blocks))
 
 
 def forward_flops(
@@ -186,56 +201,6 @@ def peak_flops(device_name: str) -> float | None:
     return next((peak for name, peak in _PEAKS.items() if f" {name} " in words), None)
 
 
-def _fast(blocks: Sequence[BlockSpec]) -> list[BlockSpec]:
-    return [spec for spec in blocks if spec.is_fast_weight]
-
-
-def _state_size(config: ModelConfig) -> int:
-    return config.memory_heads * config.memory_key_dim * config.memory_value_dim
-
-
-def _keys(config: ModelConfig) -> int:
-    return config.qk_heads * config.memory_key_dim
-
-
-def _values(config: ModelConfig) -> int:
-    return config.memory_heads * config.memory_value_dim
-
-
-def _mlp_matrices(config: ModelConfig) -> int:
-    return 3 * config.d_model * config.mlp_hidden
-
-
-def _jet_hidden(config: ModelConfig) -> int:
-    return max(1, _values(config) // config.jet_reduction)
-
-
-def _mixer_matrices(config: ModelConfig, spec: BlockSpec) -> dict[str, int]:
-    """Sizes of the weight matrices of a mixer, by the first letter of their name: a token's multiply-adds."""
-    width = config.d_model
-    if not spec.is_fast_weight:
-        query = width * config.num_heads * config.attention_head_dim
-        key = width * config.kv_heads * config.attention_head_dim
-        return {"q": query, "k": key, "v": key, "o": query}
-    key, value = width * _keys(config), width * _values(config)
-    gate = width * config.memory_heads
-    matrices = {"q": key, "k": key, "v": value, "b": gate, "g": value, "o": value}
-    if RULES[config.rule].decays:
-        matrices["a"] = gate
-    if spec.kind == "jet":
-        matrices["kernel"] = _jet_hidden(config) * (width + _values(config) * config.conv_width)
-    return matrices
-
-
-def _mixer_vectors(config: ModelConfig, spec: BlockSpec) -> int:
-    """The weights of a mixer that are no matrices: kernels of convolutions, biases, gates, norm."""
-    if not spec.is_fast_weight:
-        return 0
-    channels = _values(config) + (2 * _keys(config) if spec.kind == "gdn" else 0)
-    gates = 2 * config.memory_heads if RULES[config.rule].decays else 0
-    return channels * config.conv_width + gates + config.memory_value_dim
-
-
 def _steps(config: ModelConfig, sleep: SleepConfig, visit: Visit) -> list[tuple[BlockSpec, bool]]:
     """The blocks that a visit runs, and whether whole; where nobody reads it, the last one only writes."""
     blocks = [config.blocks[i] for i in segments_of(config)[visit.segment]]
@@ -262,7 +227,8 @@ def _block_flops(
 ) -> Flops:
     """A block over a window; not ``whole``: what it remembers, without its output."""
     num_tokens = window.stop - window.start
-    linear = sum(_executed(config, sleep, spec, whole).values()) + (_mlp_matrices(config) if whole else 0)
+    linear = sum(_executed(config, sleep, spec, whole).values())
+    linear += mlp_matrices(config, spec) if whole else 0
     flops = Flops(linear=2.0 * num_tokens * linear)
     if spec.is_fast_weight:
         return flops._replace(memory=float(num_tokens * _memory_flops(config, sleep, spec, whole)))
@@ -272,7 +238,7 @@ def _block_flops(
 
 def _executed(config: ModelConfig, sleep: SleepConfig, spec: BlockSpec, whole: bool) -> dict[str, int]:
     """The matrices of a mixer that run; a write has no output, and queries only for the tail."""
-    matrices = _mixer_matrices(config, spec)
+    matrices = mixer_matrices(config, spec)
     if whole:
         return matrices
     has_queries = spec.is_fast_weight and sleep.carries_convolution
@@ -285,11 +251,11 @@ def _memory_flops(config: ModelConfig, sleep: SleepConfig, spec: BlockSpec, whol
 
     Each product with the state costs 2 K V: two to erase along a key, one to write, one to read.
     """
-    channels = _values(config)
+    channels = value_channels(config)
     if spec.kind == "gdn":
-        channels += _keys(config) * (2 if whole or sleep.carries_convolution else 1)
+        channels += key_channels(config) * (2 if whole or sleep.carries_convolution else 1)
     products = (2 if RULES[config.rule].erases else 0) + 1 + (1 if whole else 0)
-    return 2 * config.conv_width * channels + 2 * products * _state_size(config)
+    return 2 * config.conv_width * channels + 2 * products * state_size(config)
 
 
 def attention_pairs(window: Window, spec: BlockSpec, sleep: SleepConfig) -> int:
@@ -334,30 +300,40 @@ def _recomputed_flops(config: ModelConfig, sleep: SleepConfig, window: Window, v
     With both kinds nested a visit is run again up to its last whole block, then each whole block once more.
     """
     mode, steps = sleep.activation_checkpointing, _steps(config, sleep, visit)
-    again, num_stops = [], 0
+    again, stops = [], []
     if mode in ("block", "both"):
         again = [step for step in steps if step[1]]
-        num_stops = len(again)
+        stops = [spec for spec, _ in again]
     if mode in ("pass", "both") and not visit.is_kept:
         again += steps[:-1] if mode == "both" and visit.is_read else steps
-        num_stops += mode == "pass" and visit.is_read
-    stopped = 2.0 * (window.stop - window.start) * config.d_model * config.mlp_hidden * num_stops
-    return sum(sum(_block_flops(config, sleep, window, spec, whole)) for spec, whole in again) - stopped
+        stops += [steps[-1][0]] if mode == "pass" and visit.is_read else []
+    saved = 2.0 * (window.stop - window.start) * sum(_last_product(config, spec) for spec in stops)
+    return sum(sum(_block_flops(config, sleep, window, spec, whole)) for spec, whole in again) - saved
+
+
+def _last_product(config: ModelConfig, spec: BlockSpec) -> int:
+    """The matrix with which a block ends; 0 where a norm follows, which saves what the product gives."""
+    if config.norms(spec)[1]:
+        return 0
+    return config.d_model * config.mlp_hidden if config.has_mlp(spec) else mixer_matrices(config, spec)["o"]
 
 
 def _visit_inputs(config: ModelConfig, window: Window, visit: Visit) -> int:
     """Numbers that a visit starts from: h and the fast weights of its blocks."""
     blocks = [config.blocks[i] for i in segments_of(config)[visit.segment]]
-    return (window.stop - window.start) * config.d_model + len(_fast(blocks)) * _state_size(config)
+    return (window.stop - window.start) * config.d_model + len(fast_blocks(blocks)) * state_size(config)
 
 
 def _visit_activations(config: ModelConfig, sleep: SleepConfig, window: Window, visit: Visit) -> int:
     """Numbers that the operations of a visit save for their gradients."""
     num_tokens, total = window.stop - window.start, 0
     for spec, whole in _steps(config, sleep, visit):
-        total += num_tokens * 3 * config.d_model  # a norm: its input, normalised, and with its weight
-        if whole:
-            total += num_tokens * (3 * config.d_model + 4 * config.mlp_hidden)
+        before, after = config.norms(spec)
+        of_norm = num_tokens * 3 * config.d_model  # its input, normalised, and with its weight
+        total += of_norm if before else num_tokens * config.d_model
+        total += of_norm if after and whole else 0
+        if whole and config.has_mlp(spec):
+            total += of_norm * (before + after) + num_tokens * 4 * config.mlp_hidden
         if spec.is_fast_weight:
             total += _memory_activations(config, sleep, num_tokens, spec, whole)
         elif whole:
@@ -371,6 +347,10 @@ def _attention_activations(config: ModelConfig, sleep: SleepConfig, window: Wind
     num_keys = num_tokens + _survived(window, spec, sleep)
     is_causal = num_keys == num_tokens <= _band(window, spec, sleep)
     heads = 2 * num_tokens * config.num_heads + 2 * num_keys * config.kv_heads
+    if config.qk_norm != "none":  # what is normalised, and the result
+        heads += 2 * (num_tokens * config.num_heads + num_tokens * config.kv_heads)
+    if config.attention_gate:  # its logits, the gate, and what it lets through
+        heads += 3 * num_tokens * config.num_heads
     return heads * config.attention_head_dim + (0 if is_causal else num_tokens * num_keys)
 
 
@@ -378,13 +358,18 @@ def _memory_activations(
     config: ModelConfig, sleep: SleepConfig, num_tokens: int, spec: BlockSpec, whole: bool
 ) -> int:
     """Around the rule per token, inside it per chunk (see ``memory/chunked.py``)."""
-    keys, values, heads, taps = _keys(config), _values(config), config.memory_heads, config.conv_width
+    keys, values, heads, taps = (
+        key_channels(config),
+        value_channels(config),
+        config.memory_heads,
+        config.conv_width,
+    )
     key_dim, value_dim = config.memory_key_dim, config.memory_value_dim
     has_queries = whole or sleep.carries_convolution
     if spec.kind == "gdn":  # padded input, output and activation of the convolution
         around = 3 * (values + keys * (2 if has_queries else 1))
     else:
-        around = (2 + taps) * values + 2 * _jet_hidden(config) + 2 * keys * (2 if whole else 1)
+        around = (2 + taps) * values + 2 * jet_hidden(config) + 2 * keys * (2 if whole else 1)
     if whole:  # output of the rule, its norm, and its gate
         around += 6 * values
     decays, erases = RULES[config.rule]
@@ -392,5 +377,5 @@ def _memory_activations(
     squares = (1 if whole else 0) + (1 if erases else 0) + (1 if decays else 0)  # q k^T, k k^T, decays
     inside = (key_dim if whole else 0) + key_dim + 2 * value_dim
     inside += (key_dim + value_dim if erases else 0) + squares * length
-    states = -(-num_tokens // length) * _state_size(config)
+    states = -(-num_tokens // length) * state_size(config)
     return num_tokens * (around + heads * inside) + states

@@ -19,16 +19,28 @@ from sleeptrain.model.state import BlockState, State, Tokens
 
 
 class Block(nn.Module):
-    """Pre-norm residual block: h + mixer(norm(h)), then h + mlp(norm(h))."""
+    """Residual block: h + mixer(norm(h)), then h + mlp(norm(h)), where it has one; the norms stand before
+    mixer and MLP, after them, or both (``model.norm_placement``)."""
 
     def __init__(self, config: ModelConfig, spec: BlockSpec, index: int) -> None:
         super().__init__()
         self.index = index
-        self.mixer_norm = RMSNorm(config.d_model, config.norm_eps)
+        before, after = config.norms(spec)
+
+        def norm(is_here: bool) -> nn.Module:
+            if not is_here:
+                return nn.Identity()
+            return RMSNorm(config.d_model, config.norm_eps, config.zero_centred_norms)
+
+        self.mixer_norm = norm(before)
         fast_weights: dict[str, type[FastWeight]] = {"gdn": GDN, "jet": Jet}
         self.mixer = fast_weights[spec.kind](config) if spec.is_fast_weight else Attention(config, spec)
-        self.mlp_norm = RMSNorm(config.d_model, config.norm_eps)
-        self.mlp = GatedMLP(config.d_model, config.mlp_hidden)
+        self.mixer_out_norm = norm(after)
+        self.mlp: GatedMLP | None = None
+        if config.has_mlp(spec):
+            self.mlp_norm = norm(before)
+            self.mlp = GatedMLP(config.d_model, config.mlp_hidden)
+            self.mlp_out_norm = norm(after)
 
     def forward(
         self, h_BTD: Tensor, state: BlockState, tokens: Tokens, is_read: bool = True
@@ -37,8 +49,11 @@ class Block(nn.Module):
         mixed, state = self.mixer(self.mixer_norm(h_BTD), state, tokens, is_read)
         if mixed is None:
             return h_BTD, state
-        h_BTD = h_BTD + self._dropped(mixed, tokens, 2 * self.index)
-        return h_BTD + self._dropped(self.mlp(self.mlp_norm(h_BTD)), tokens, 2 * self.index + 1), state
+        h_BTD = h_BTD + self._dropped(self.mixer_out_norm(mixed), tokens, 2 * self.index)
+        if self.mlp is None:
+            return h_BTD, state
+        out_BTD = self.mlp_out_norm(self.mlp(self.mlp_norm(h_BTD)))
+        return h_BTD + self._dropped(out_BTD, tokens, 2 * self.index + 1), state
 
     def _dropped(self, x_BTD: Tensor, tokens: Tokens, place: int) -> Tensor:
         return x_BTD if tokens.dropout is None else tokens.dropout.apply(x_BTD, place)

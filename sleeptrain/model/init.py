@@ -1,10 +1,11 @@
 """Initial weights, all in one place; each depends on the seed and its own name only, not on order, device or
 degree.
 
-Linear weights N(0, init_std), embeddings N(0, embedding_init_std), norms 1; depthwise convolutions uniform
-within 1/sqrt(taps); A uniform in (0, 16), dt log-uniform in [1e-3, 0.1] (method: paper section 2.2 and
-Mamba-2). A Jet block starts with static kernels: the output weight of its kernel network is 0 and only its
-bias is drawn. Learned halting starts rare, and the same everywhere: sigmoid(-2) = 0.12 after each pass.
+Linear weights N(0, init_std), embeddings N(0, embedding_init_std), norms 1 (zero-centred ones 0), biases of
+attention 0; depthwise convolutions uniform within 1/sqrt(taps); A uniform in (0, 16), dt log-uniform in
+[1e-3, 0.1] (method: paper section 2.2 and Mamba-2). A Jet block starts with static kernels: the output weight
+of its kernel network is 0 and only its bias is drawn. Learned halting starts rare, and the same everywhere:
+sigmoid(-2) = 0.12 after each pass.
 """
 
 import hashlib
@@ -36,7 +37,10 @@ def draw(name: str, shape: torch.Size, config: ModelConfig, seed: int) -> Tensor
         return torch.empty(shape).uniform_(low, high, generator=generator)
 
     if "norm" in name:
-        return torch.ones(shape)
+        is_zero = config.zero_centred_norms and not name.endswith("o_norm.weight")
+        return torch.zeros(shape) if is_zero else torch.ones(shape)
+    if name.endswith("_proj.bias"):
+        return torch.zeros(shape)
     if kind == "A_log":
         return uniform(1e-4, 16).log()
     if kind == "dt_bias":

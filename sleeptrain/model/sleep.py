@@ -98,7 +98,7 @@ class SleepModel(nn.Module):
         self.token_part = (0, 1)  # which part of the tokens h holds between blocks, of how many
         self.embed = nn.Embedding(vocab_size, config.d_model)
         self.stack = HybridStack(config)
-        self.final_norm = RMSNorm(config.d_model, config.norm_eps)
+        self.final_norm = RMSNorm(config.d_model, config.norm_eps, config.zero_centred_norms)
         self.head = nn.Linear(config.d_model, vocab_size, bias=False)
         self.cross_entropy = CrossEntropy()
         if config.tie_embeddings:
@@ -166,7 +166,7 @@ class SleepModel(nn.Module):
         else:
             positions = valid.cumsum(1) - 1
         positions = positions + start
-        table = rotary_table(positions, self.config.attention_head_dim, self.config.rope_theta, self.dtype)
+        table = rotary_table(positions, self.config.rotary_dim, self.config.rope_theta, self.dtype)
         length = self.sleep.window_tokens or ids.shape[1]
         sliding = self.sleep.eviction == "sliding"
         return Tokens(positions, valid, table, length, sliding, self.sleep.carries_convolution)

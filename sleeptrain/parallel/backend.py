@@ -17,6 +17,7 @@ from sleeptrain.parallel.carried import Carried
 from sleeptrain.schema import ConfigError
 
 if TYPE_CHECKING:
+    from sleeptrain.checkpoint.initial import InitialWeights
     from sleeptrain.checkpoint.reader import Checkpoint
 
 
@@ -48,6 +49,7 @@ class Backend(Protocol):
     def evaluate(self, batch: Batch, num_passes: int, stop: Stop | None = None) -> Output: ...
     def slices(self) -> dict[str, list[Slice]]: ...
     def load(self, checkpoint: "Checkpoint") -> None: ...
+    def start_from(self, weights: "InitialWeights") -> None: ...
 
 
 class LocalBackend:
@@ -116,6 +118,13 @@ class LocalBackend:
         self.load_model(checkpoint)
         self.optimizer.load(checkpoint.read_all("optimizer"))
         self.carried.load(checkpoint)
+
+    @torch.no_grad()
+    def start_from(self, weights: "InitialWeights") -> None:
+        """Takes over weights that another run made; what it does not hold keeps its initial values."""
+        for name, parameter in self.model.named_parameters():
+            if weights.holds(name):
+                parameter.copy_(weights.read(name))
 
     @torch.no_grad()
     def load_model(self, checkpoint: "Checkpoint") -> None:

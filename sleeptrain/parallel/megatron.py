@@ -11,6 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from sleeptrain.checkpoint.initial import InitialWeights
 from sleeptrain.checkpoint.reader import Checkpoint
 from sleeptrain.checkpoint.slices import Slice
 from sleeptrain.config import Config
@@ -116,6 +117,13 @@ class MegatronDeepspeedBackend:
         needs of them."""
         self.update.load(checkpoint)
         self.carried.load(checkpoint)
+        if self.integrity:
+            self.integrity.look()
+
+    @torch.no_grad()
+    def start_from(self, weights: InitialWeights) -> None:
+        """Takes over weights that another run made, its own part of each; the rest stays as it was drawn."""
+        self.update.start_from(weights)
         if self.integrity:
             self.integrity.look()
 

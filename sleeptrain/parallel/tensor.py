@@ -28,13 +28,16 @@ def split_model(model: SleepModel, group: Group, sequence_parallel: bool) -> Non
     for block in model.stack.blocks:
         if block is None:
             continue
-        block.mixer_norm = _CopiedNorm(block.mixer_norm, group, sequence_parallel)
-        block.mlp_norm = _CopiedNorm(block.mlp_norm, group, sequence_parallel)
-        for part in (block.mixer, block.mlp):
-            _split_linears(part, config, group)
+        block.mixer_norm = _copied(block.mixer_norm, group, sequence_parallel)
+        _split_linears(block.mixer, config, group)
+        if block.mlp is not None:
+            block.mlp_norm = _copied(block.mlp_norm, group, sequence_parallel)
+            _split_linears(block.mlp, config, group)
         if isinstance(block.mixer, FastWeight):
             block.mixer.num_heads //= group.size()
             _split_vectors(block.mixer, group)
+        else:
+            _split_width_norms(block.mixer, group)
     if model.holds_embedding:
         model.embed = _Embedding(model.embed, config, group)
     if model.holds_head:
@@ -62,6 +65,13 @@ def _split_vectors(module: nn.Module, group: Group) -> None:
         setattr(module, name, _part_of(parameter, group))
 
 
+def _split_width_norms(module: nn.Module, group: Group) -> None:
+    for name in ("q_width_norm", "k_width_norm"):
+        norm = getattr(module, name)
+        if isinstance(norm, RMSNorm):
+            setattr(module, name, _SplitNorm(norm, group))
+
+
 def _part_of(parameter: Tensor, group: Group) -> nn.Parameter:
     """Room for this rank's rows."""
     return nn.Parameter(torch.empty_like(parameter[: len(parameter) // group.size()]))
@@ -81,18 +91,52 @@ def _unused(weight: Tensor) -> None:
     """megatron-core asks for an init method and never calls it: see ``perform_initialization``."""
 
 
-class _CopiedNorm(RMSNorm):
-    """A norm whose output goes to all tensor ranks: its gradient is their sum."""
+def _copied(norm: nn.Module, group: Group, sequence_parallel: bool) -> nn.Module:
+    """What stands before a mixer or an MLP, a norm or nothing, with its output on all tensor ranks."""
+    if isinstance(norm, RMSNorm):
+        return _CopiedNorm(norm, group, sequence_parallel)
+    return _Copied(group, sequence_parallel)
 
-    def __init__(self, norm: RMSNorm, group: Group, sequence_parallel: bool) -> None:
-        super().__init__(len(norm.weight), norm.eps)
+
+class _Copied(nn.Module):
+    """Hands h to all tensor ranks: its gradient is their sum."""
+
+    def __init__(self, group: Group, sequence_parallel: bool) -> None:
+        super().__init__()
         self.group, self.sequence_parallel = group, sequence_parallel
 
     def forward(self, x: Tensor) -> Tensor:
-        x = super().forward(x)
         if not self.sequence_parallel:
             return mcore.copy_to_tensor_model_parallel_region(x, self.group)
         return mcore.gather_from_sequence_parallel_region(_tokens_first(x), group=self.group).transpose(0, 1)
+
+
+class _CopiedNorm(RMSNorm):
+    """A norm whose output goes to all tensor ranks."""
+
+    def __init__(self, norm: RMSNorm, group: Group, sequence_parallel: bool) -> None:
+        super().__init__(len(norm.weight), norm.eps, norm.zero_centred)
+        self.copy = _Copied(group, sequence_parallel)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.copy(super().forward(x))
+
+
+class _SplitNorm(RMSNorm):
+    """A norm over channels of which each rank has a part: the mean of squares is that of all."""
+
+    def __init__(self, norm: RMSNorm, group: Group) -> None:
+        super().__init__(len(norm.weight) // group.size(), norm.eps, norm.zero_centred)
+        self.group = group
+
+    def forward(self, x: Tensor) -> Tensor:
+        x32 = x.to(torch.promote_types(x.dtype, torch.float32))
+        squares = mcore.reduce_from_tensor_model_parallel_region(
+            x32.square().mean(-1, keepdim=True), self.group
+        )
+        # Each rank's channels see a part of the gradient of the mean: it is summed, too.
+        squares = mcore.copy_to_tensor_model_parallel_region(squares, self.group) / self.group.size()
+        return x32 * torch.rsqrt(squares + self.eps) * self.factor
 
 
 class _Cast:

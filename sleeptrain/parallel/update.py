@@ -10,6 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from sleeptrain.checkpoint.initial import InitialWeights
 from sleeptrain.checkpoint.reader import Checkpoint
 from sleeptrain.checkpoint.slices import Slice, whole
 from sleeptrain.config import OptimConfig
@@ -84,6 +85,13 @@ class ShardedUpdate:
             for key, x in self.moments(i).items() if self.num_updates else ():
                 _read(checkpoint, "optimizer", f, f"/{key}", x)
         self.shards.refresh(self.num_updates)
+
+    def start_from(self, weights: InitialWeights) -> None:
+        """Takes over weights alone, as far as they are held there."""
+        for f in self.shards.fragments:
+            if weights.holds(f.held.name):
+                f.weight.copy_(weights.read(f.held.name, f.held.box, f.start, f.start + len(f.weight)))
+        self.shards.refresh(0)
 
     def moments(self, fragment: int) -> dict[str, Tensor]:
         """Views of a fragment's."""

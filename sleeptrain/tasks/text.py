@@ -37,7 +37,7 @@ class Document(NamedTuple):
 class ByteTokenizer:
     """Ids are byte values."""
 
-    sha256 = ""
+    sha256, end_id = "", 256
 
     def __init__(self) -> None:
         self.bytes_per_id = np.append(np.ones(256, dtype=np.int64), 0)
@@ -47,13 +47,14 @@ class ByteTokenizer:
 
     def decode(self, ids: Sequence[int]) -> bytes:
         """The end of a document is no text."""
-        return bytes(i for i in ids if i < 256)
+        return bytes(i for i in ids if i < self.end_id)
 
 
 class FileTokenizer:
-    """A Hugging Face ``tokenizer.json``, without its special tokens; needs the ``tokenizers`` package."""
+    """A Hugging Face ``tokenizer.json``, without its special tokens but the one that ends a document, if it
+    has one for that; needs the ``tokenizers`` package."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, end_token: str = "") -> None:
         if not path.is_file():
             raise ConfigError(f"task.tokenizer={path} is no file; give a tokenizer.json or use 'bytes'")
         from tokenizers import Tokenizer
@@ -66,6 +67,15 @@ class FileTokenizer:
                 f"task.tokenizer={path} is no tokenizer.json ({error}); give another file or use 'bytes'"
             ) from error
         self.bytes_per_id = np.append(self._count_bytes(), 0)
+        self.end_id = len(self.bytes_per_id) - 1
+        if end_token:
+            found = self._tokenizer.token_to_id(end_token)
+            if found is None:
+                raise ConfigError(
+                    f"task.end_token={end_token!r} is no token of {path}; give one, or leave it out"
+                )
+            self.bytes_per_id, self.end_id = self.bytes_per_id[:-1], found
+            self.bytes_per_id[found] = 0
 
     def encode(self, text: bytes) -> Ints:
         decoded = text.decode(errors="replace")
@@ -73,7 +83,7 @@ class FileTokenizer:
 
     def decode(self, ids: Sequence[int]) -> bytes:
         """The end of a document is no text."""
-        known = [i for i in ids if i < len(self.bytes_per_id) - 1]
+        known = [i for i in ids if i < len(self.bytes_per_id) and i != self.end_id]
         return str(self._tokenizer.decode(known, skip_special_tokens=False)).encode()
 
     def _count_bytes(self) -> Ints:
@@ -98,7 +108,9 @@ Tokenizer = ByteTokenizer | FileTokenizer
 
 def make_tokenizer(config: TextConfig) -> Tokenizer:
     """Raises ConfigError where there is no such file."""
-    return ByteTokenizer() if config.tokenizer == "bytes" else FileTokenizer(Path(config.tokenizer))
+    if config.tokenizer == "bytes":
+        return ByteTokenizer()
+    return FileTokenizer(Path(config.tokenizer), config.end_token)
 
 
 class TextCrops(Task):
@@ -170,7 +182,13 @@ class TextCrops(Task):
     @property
     def tokenizer_name(self) -> str:
         """What a resumed run must find the same: the hash of the tokenizer, or 'bytes'."""
-        return self.tokenizer_sha256 or self.config.tokenizer
+        end = f" {self.config.end_token}" if self.config.end_token else ""
+        return (self.tokenizer_sha256 or self.config.tokenizer) + end
+
+    @property
+    def end_id(self) -> int:
+        """What follows each document."""
+        return self._tokenizer.end_id
 
     def tokens(self, split: Split) -> Tokens:
         """All tokens of a split, read at the first call."""
@@ -253,8 +271,8 @@ class Text(TextCrops):
 
 def join_documents(texts: list[bytes], tokenizer: ByteTokenizer | FileTokenizer) -> Tokens:
     """The ids of all texts in one array, each text followed by the end-of-document id."""
-    end = len(tokenizer.bytes_per_id) - 1
-    return np.concatenate([_narrow(np.append(tokenizer.encode(text), end), end + 1) for text in texts])
+    end, vocab_size = tokenizer.end_id, len(tokenizer.bytes_per_id)
+    return np.concatenate([_narrow(np.append(tokenizer.encode(text), end), vocab_size) for text in texts])
 
 
 def _narrow(ids: Ints, vocab_size: int) -> Tokens:

@@ -24,6 +24,10 @@ HYBRID = ModelConfig(
     memory_key_dim=4,
     memory_value_dim=6,
 )
+GATED = replace(
+    HYBRID, attention_bias=True, attention_gate=True, qk_norm="head", norm_placement="mixed", memory_mlp=False
+)
+SANDWICH = replace(HYBRID, norm_placement="sandwich", qk_norm="width", memory_mlp=False)
 RANGES = replace(HYBRID, prelude_blocks=1, coda_blocks=2)
 SLEEP = SleepConfig(window_tokens=8, num_passes=3)
 LAST_ONLY = (False, False, False, True)
@@ -35,6 +39,8 @@ SETTINGS = [
     pytest.param(HYBRID, replace(SLEEP, eviction="sliding"), LAST_ONLY, id="sliding"),
     pytest.param(HYBRID, replace(SLEEP, convolution="carried"), LAST_ONLY, id="carried"),
     pytest.param(RANGES, SLEEP, LAST_ONLY, id="ranges"),
+    pytest.param(GATED, SLEEP, LAST_ONLY, id="gated"),
+    pytest.param(SANDWICH, replace(SLEEP, eviction="sliding"), LAST_ONLY, id="sandwich"),
     pytest.param(RANGES, replace(SLEEP, schedule="predict_then_consolidate"), EVERY, id="predict-first"),
     pytest.param(replace(HYBRID, rule="delta"), SLEEP, LAST_ONLY, id="delta"),
     pytest.param(RANGES, replace(SLEEP, carry_between_batches=True), (True, False, True, False), id="carry"),
@@ -155,6 +161,8 @@ def test_memory_flops_by_hand() -> None:
     [
         (HYBRID, SLEEP),
         (replace(HYBRID, tie_embeddings=True, rule="delta"), SLEEP),
+        (GATED, SLEEP),
+        (SANDWICH, SLEEP),
         (HYBRID, replace(SLEEP, halting="learned", num_passes=2)),
         (replace(HYBRID, rule="gated_hebbian", mlp_dim=20), replace(SLEEP, learned_initial_state=True)),
     ],
@@ -168,7 +176,10 @@ def test_parameters_and_optimizer_bytes_are_those_of_the_model(config, sleep) ->
     assert parts.head - model.final_norm.weight.numel() == (0 if config.tie_embeddings else VOCAB * 16)
     attention = [b for b in model.stack.blocks if hasattr(b.mixer, "k_proj") and not hasattr(b.mixer, "rule")]
     assert parts.attention == sum(
-        p.numel() for b in attention for m in (b.mixer, b.mixer_norm) for p in m.parameters()
+        p.numel()
+        for b in attention
+        for m in (b.mixer, b.mixer_norm, b.mixer_out_norm)
+        for p in m.parameters()
     )
 
     fixed = flops.fixed_bytes(config, sleep, VOCAB)

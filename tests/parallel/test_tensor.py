@@ -23,6 +23,8 @@ MODEL = ModelConfig(
     mlp_dim=8,
 )
 
+PRETRAINED = {"attention_bias": True, "attention_gate": True, "qk_norm": "head", "norm_placement": "sandwich"}
+
 
 def shapes(model: ModelConfig) -> dict[str, torch.Size]:
     with torch.device("meta"):
@@ -32,9 +34,10 @@ def shapes(model: ModelConfig) -> dict[str, torch.Size]:
 
 @pytest.mark.parametrize("rule", ["gated_delta", "delta", "gated_hebbian"])
 @pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("kind", [{}, PRETRAINED, {"qk_norm": "width"}])
 @pytest.mark.parametrize("size", [1, 2, 4])
-def test_parts_tile_every_weight(rule: str, tied: bool, size: int) -> None:
-    for name, shape in shapes(replace(MODEL, rule=rule, tie_embeddings=tied)).items():
+def test_parts_tile_every_weight(rule: str, tied: bool, kind: dict, size: int) -> None:
+    for name, shape in shapes(replace(MODEL, rule=rule, tie_embeddings=tied, **kind)).items():
         times_held = torch.zeros(shape, dtype=torch.int)
         for rank in range(size):
             times_held[tuple(slice(a, b) for a, b in box_of(name, shape, rank, size))] += 1
@@ -53,6 +56,12 @@ def test_what_a_rank_sees_in_part_is_summed() -> None:
     whole = {name for name in names if split_of(name) == REPLICATED}
     assert whole == {name for name in names if name.endswith("norm.weight")} - summed
     assert {name for name in names if split_of(name, sequence_parallel=True).is_summed} == summed | whole
+
+
+def test_norms_of_heads_are_summed_and_those_over_all_heads_are_split() -> None:
+    assert split_of("stack.blocks.0.mixer.q_norm.weight") == SUMMED
+    assert split_of("stack.blocks.0.mixer.k_width_norm.weight").dim == 0
+    assert split_of("stack.blocks.0.mixer_out_norm.weight") == REPLICATED
 
 
 @pytest.mark.parametrize(

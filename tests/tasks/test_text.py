@@ -6,7 +6,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from sleeptrain.config import TextConfig
 from sleeptrain.schema import ConfigError
-from sleeptrain.tasks.text import Text
+from sleeptrain.tasks.text import Text, make_tokenizer
 
 SPLITS = ("train", "validation", "test")
 END = 256
@@ -159,6 +159,29 @@ def test_a_tokenizer_file_accounts_for_every_byte(folder, byte_level_file) -> No
         if text.isascii():
             assert bits[0] == pytest.approx(8 / np.log(2) / len(text))
     assert task.fingerprint() != plain.fingerprint()
+
+
+def test_a_tokenizer_may_have_a_token_that_ends_documents(folder, byte_level_file) -> None:
+    named = {"tokenizer": str(byte_level_file), "sequence_tokens": 8}
+    plain, task = make(folder, **named), make(folder, end_token="<pad>", **named)
+    assert (plain.vocab_size, task.vocab_size, plain.end_id, task.end_id) == (301, 300, 300, 0)
+    for split in SPLITS:
+        tokens = plain.tokens(split)
+        assert np.array_equal(task.tokens(split), np.where(tokens == 300, 0, tokens))
+    scores = [t.score(e.targets, np.ones(e.ids.shape), e) for t in (plain, task) for e in [held_out(t)]]
+    assert np.array_equal(*(s["bits_per_byte"] for s in scores))
+    assert task.fingerprint()["tokenizer"] == f"{plain.fingerprint()['tokenizer']} <pad>"
+    assert make_tokenizer(task.config).decode([0, *b"", 0]) == b""
+    with pytest.raises(
+        ConfigError, match=r"task.end_token='<eos>' is no token of .*tokenizer.json; give one"
+    ):
+        make(folder, end_token="<eos>", **named)
+    with pytest.raises(ConfigError, match=r"task.end_token='<pad>' is no byte; leave it out"):
+        TextConfig(end_token="<pad>")
+
+
+def held_out(task):
+    return task.examples(0, np.arange(task.num_examples("test")), "test")
 
 
 def test_a_tokenizer_that_loses_text_is_refused(folder) -> None:
