@@ -14,7 +14,7 @@ from sleeptrain.config import Config
 from sleeptrain.data.index import require_plain_url
 from sleeptrain.parallel.layout import logical_shapes
 from sleeptrain.parallel.place import Place
-from sleeptrain.schema import ConfigError, to_dict
+from sleeptrain.schema import ConfigError, from_dict, to_dict
 
 # Settings that may change between two starts of a run: they do not touch what it computes.
 FREE_SETTINGS = (
@@ -142,11 +142,21 @@ def _refuse(found: Checkpoint, differing: list[str]) -> None:
 
 def _drift(found: Checkpoint, documents: dict[str, Any]) -> list[str]:
     """A line for each change that may move results."""
+    saved = {name: found.documents.get(name, {}) for name in ("config", "data")}
+    saved["config"] = _with_later_settings(saved["config"])
     lines: list[str] = []
-    for name in documents.keys() & {"config", "data"}:
-        changed = differences(found.documents.get(name, {}), documents[name])
+    for name in documents.keys() & saved.keys():
+        changed = differences(saved[name], documents[name])
         lines += [line for line in changed if name == "data" or not is_free(line.split(":")[0])]
     return sorted(lines) + _versions_changed(found, documents, COMPUTING_PACKAGES)
+
+
+def _with_later_settings(saved: dict[str, Any]) -> dict[str, Any]:
+    """A setting that sleeptrain got after the checkpoint was made had its default then."""
+    try:
+        return to_dict(from_dict(Config, saved)) if saved else saved
+    except ConfigError:
+        return saved
 
 
 def _versions_changed(found: Checkpoint, documents: dict[str, Any], names: tuple[str, ...]) -> list[str]:
