@@ -1,0 +1,39 @@
+"""Sizes of the kernels' tiles: a plain table, no autotuning, so that a run repeats bit for bit."""
+
+from typing import NamedTuple
+
+# Tiles of 64 key columns are what Triton 3.4 to 3.7.0 compiles into wrong gradients for Hopper in another
+# project's backward (flash-linear-attention, issue 640): the kernels here take 32 there. check.py is the proof.
+MULTIPROCESSORS = 132  # of an H200: with fewer programs than these, tiles are made smaller
+
+
+class Tiles(NamedTuple):
+    """``chunk_tokens`` is 16, 32 or 64; the others are powers of 2, at least 16."""
+
+    chunk_tokens: int
+    factor_keys: int  # key columns at a time, factors.py
+    scan_values: int  # value columns of a program, scan.py: it holds key_dim x scan_values floats
+    gradient_keys: int  # gradients.py
+    gradient_values: int
+    scan_warps: int = 4
+    scan_stages: int = 2  # chunks that are loaded ahead
+    warps: int = 4  # of the other two kernels
+
+
+def choose_tiles(num_tokens: int, num_states: int, key_dim: int, value_dim: int) -> Tiles:
+    """``num_states``: sequences x value heads. Not tuned on a GPU yet."""
+    scan_values = min(32 if key_dim > 128 else 64, power_of_2(value_dim))
+    if num_states * -(-value_dim // scan_values) < MULTIPROCESSORS:
+        scan_values = min(scan_values, 32)
+    return Tiles(
+        chunk_tokens=min(64, power_of_2(num_tokens)),
+        factor_keys=min(64, power_of_2(key_dim)),
+        scan_values=scan_values,
+        gradient_keys=min(32, power_of_2(key_dim)),
+        gradient_values=min(64, power_of_2(value_dim)),
+    )
+
+
+def power_of_2(number: int) -> int:
+    """The next one, at least 16: what a tile may measure."""
+    return max(16, 1 << (number - 1).bit_length())
