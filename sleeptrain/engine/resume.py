@@ -33,6 +33,7 @@ FREE_SETTINGS = (
     "data.cache_dir",
     "data.cache_gib",
     "sleep.activation_checkpointing",
+    "model.memory_backend",
 )
 FREE_SECTIONS = ("log.", "checkpoint.", "eval.", "parallel.", "cluster.")
 COMPUTING_PACKAGES = ("torch", "triton")

@@ -5,8 +5,8 @@ imported before its kernels run.
 """
 
 import functools
-import importlib.util
 import os
+from importlib.util import find_spec
 from typing import NamedTuple
 
 import torch
@@ -71,7 +71,7 @@ def _obstacle_to_triton(device_type: str, dtype: torch.dtype, key_dim: int) -> s
     """Why the kernels cannot run, if they cannot."""
     if device_type != "cuda" and not _is_interpreted():
         return f"Triton kernels need a CUDA device, and the tensors are on {device_type}"
-    if importlib.util.find_spec("triton") is None:
+    if find_spec("triton") is None:
         return "triton is not installed"
     if dtype not in TRITON_TYPES:
         return f"Triton kernels take float32, float16 and bfloat16, not {str(dtype).removeprefix('torch.')}"

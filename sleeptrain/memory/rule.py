@@ -12,8 +12,8 @@ The contract, for every rule and every faster form of it::
     out        [B, T, Hv, V]  what each token reads after its own write
 
 A token with log_decay = 0 and beta = 0 leaves the state untouched. Gradients flow through both states. Gates
-and state are computed in at least float32, ``out`` comes back in the type of ``v``. With ``q=None`` nothing is
-read: only the state is advanced, and out is None.
+and state are computed in at least float32, ``out`` comes back in the type of ``v``. With ``q=None`` nothing
+is read: only the state is advanced, and out is None.
 
 Shape letters: B batch, T tokens, Hk query/key heads, Hv value heads, K key size, V value size.
 """

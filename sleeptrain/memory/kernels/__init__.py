@@ -1,7 +1,7 @@
 """Triton kernels of the memory rules; imported only where they run (``dispatch.py``).
 
-With G the running sum of log decays in a chunk, D_ij = exp(G_i - G_j) for i >= j else 0, S the state before the
-chunk and b the write strengths (the mathematics of ``chunked.py``, with U and W never formed):
+With G the running sum of log decays in a chunk, D_ij = exp(G_i - G_j) for i >= j else 0, S the state before
+the chunk and b the write strengths (the mathematics of ``chunked.py``, with U and W never formed):
 
     A = I + strictly_lower(diag(b) (K K^T * D))          factors.py, all chunks at once: A^-1 and P
     P = Q K^T * D

@@ -15,20 +15,21 @@ def factors_kernel(
     K: tl.constexpr, C: tl.constexpr, KEYS: tl.constexpr, TYPE: tl.constexpr,
     ERASES: tl.constexpr, READS: tl.constexpr,
 ):  # fmt: skip
-    """G = running sum of log decays;  A^-1 with A = I + strictly_lower(diag(b) (K K^T * D));  P = Q K^T * D."""
+    """G = running sum of log decays;  A = I + strictly_lower(diag(b) (K K^T * D));  P = Q K^T * D."""
     row, n = tl.program_id(0), tl.program_id(1)
     batch, head = row // Hv, row % Hv
     key_head = head // (Hv // Hk)
     tokens, left = tl.arange(0, C), T - n * C
 
+    keys_here = at(batch, n * C, key_head, T, Hk, K)
     kk, qk = tl.zeros([C, C], tl.float32), tl.zeros([C, C], tl.float32)
     for first in range(0, K, KEYS):
         keys = first + tl.arange(0, KEYS)
-        k_CK = load(k + at(batch, n * C, key_head, T, Hk, K), tokens, keys, left, K, Hk * K)
+        k_CK = load(k + keys_here, tokens, keys, left, K, Hk * K)
         if ERASES:
             kk += product(k_CK, tl.trans(k_CK), TYPE)
         if READS:
-            q_CK = load(q + at(batch, n * C, key_head, T, Hk, K), tokens, keys, left, K, Hk * K)
+            q_CK = load(q + keys_here, tokens, keys, left, K, Hk * K)
             qk += product(q_CK, tl.trans(k_CK), TYPE)
 
     gates = at(batch, n * C, head, T, Hv, 1) + tokens * Hv

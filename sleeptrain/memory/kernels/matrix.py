@@ -35,13 +35,13 @@ def store(x, value, rows, columns, num_rows, num_columns, stride):
 
 @triton.jit
 def at(batch, token, head, T, H, D):
-    """Where the D elements of this token and head begin in ``[B, T, H, D]``, which may exceed 2^31 elements."""
+    """Where this token's and head's D elements begin in ``[B, T, H, D]``, of maybe more than 2^31 elements."""
     return ((batch.to(tl.int64) * T + token) * H + head) * D
 
 
 @triton.jit
 def decay(logs):
-    """From differences of running sums in float64, which survive -60 next to 0; a positive one counts as 0."""
+    """From differences of sums in float64, which survive -60 next to 0; a positive one counts as 0."""
     return tl.exp(tl.minimum(logs, 0.0).to(tl.float32))
 
 

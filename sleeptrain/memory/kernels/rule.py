@@ -1,4 +1,4 @@
-"""The contract of ``memory/rule.py`` on Triton kernels, with gradients; the mathematics is in ``__init__.py``."""
+"""The contract of ``memory/rule.py`` on Triton kernels; the mathematics is in ``__init__.py``."""
 
 from typing import Any
 

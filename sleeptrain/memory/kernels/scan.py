@@ -9,8 +9,8 @@ from sleeptrain.memory.kernels.matrix import at, decay, load, product, store
 
 @triton.jit
 def scan_kernel(
-    q, k, v, beta, total, inverse, reads, state,  # in: see factors.py; v [B, T, Hv, V]; state [B * Hv, K, V] float32
-    out, last_state, states, written,  # out: [B, T, Hv, V]; as state; S of each chunk [B * Hv, N, K, V]; Y as v
+    q, k, v, beta, total, inverse, reads, state,  # in: as in factors.py; [B, T, Hv, V]; [B * Hv, K, V] float32
+    out, last_state, states, written,  # out: as v; as state; S before each chunk [B * Hv, N, K, V]; Y as v
     T, Hk, Hv,
     K: tl.constexpr, V: tl.constexpr, C: tl.constexpr, KEYS: tl.constexpr, VALUES: tl.constexpr,
     TYPE: tl.constexpr, ERASES: tl.constexpr, READS: tl.constexpr, KEEPS: tl.constexpr,
@@ -30,24 +30,26 @@ def scan_kernel(
         chunk = row * num_chunks + n
         if KEEPS:
             store(states + chunk * K * V, S_KV, keys, values, K, V, V)
-        gates = at(batch, n * C, head, T, Hv, 1) + tokens * Hv
+        keys_here, values_here = at(batch, n * C, key_head, T, Hk, K), at(batch, n * C, head, T, Hv, V)
+        gates_here = at(batch, n * C, head, T, Hv, 1)
+        gates = gates_here + tokens * Hv
         b_C = tl.load(beta + gates, mask=tokens < left, other=0.0)
         G_C = tl.load(total + gates, mask=tokens < left, other=0.0)
-        G_end = tl.load(total + at(batch, n * C + tl.minimum(left, C) - 1, head, T, Hv, 1))
-        k_CK = load(k + at(batch, n * C, key_head, T, Hk, K), tokens, keys, left, K, Hk * K)
-        y_CV = load(v + at(batch, n * C, head, T, Hv, V), tokens, values, left, V, Hv * V).to(tl.float32)
+        G_end = tl.load(total + gates_here + (tl.minimum(left, C) - 1) * Hv)
+        k_CK = load(k + keys_here, tokens, keys, left, K, Hk * K)
+        y_CV = load(v + values_here, tokens, values, left, V, Hv * V).to(tl.float32)
         if ERASES:
             y_CV -= decay(G_C)[:, None] * product(k_CK, S_KV, TYPE)
         y_CV = b_C[:, None] * y_CV
         if ERASES:
             y_CV = product(load(inverse + chunk * C * C, tokens, tokens, C, C, C), y_CV, TYPE)
         if KEEPS:
-            store(written + at(batch, n * C, head, T, Hv, V), y_CV, tokens, values, left, V, Hv * V)
+            store(written + values_here, y_CV, tokens, values, left, V, Hv * V)
         if READS:
-            q_CK = load(q + at(batch, n * C, key_head, T, Hk, K), tokens, keys, left, K, Hk * K)
+            q_CK = load(q + keys_here, tokens, keys, left, K, Hk * K)
             out_CV = decay(G_C)[:, None] * product(q_CK, S_KV, TYPE)
             out_CV += product(load(reads + chunk * C * C, tokens, tokens, C, C, C), y_CV, TYPE)
-            store(out + at(batch, n * C, head, T, Hv, V), out_CV, tokens, values, left, V, Hv * V)
+            store(out + values_here, out_CV, tokens, values, left, V, Hv * V)
         S_KV = decay(G_end) * S_KV + product(tl.trans(k_CK), decay(G_end - G_C)[:, None] * y_CV, TYPE)
     store(last_state + row * K * V, S_KV, keys, values, K, V, V)
 
@@ -55,7 +57,7 @@ def scan_kernel(
 @triton.jit
 def scan_backward_kernel(
     q, k, beta, total, inverse, reads, d_out, d_last_state,  # in: as above
-    d_states, d_right, d_state,  # out: dS' of each chunk [B * Hv, N, K, V]; dR as v; as state
+    d_states, d_right, d_state,  # out: dS' after each chunk [B * Hv, N, K, V]; dR as v; as state
     T, Hk, Hv,
     K: tl.constexpr, V: tl.constexpr, C: tl.constexpr, KEYS: tl.constexpr, VALUES: tl.constexpr,
     TYPE: tl.constexpr, ERASES: tl.constexpr, READS: tl.constexpr,
@@ -75,22 +77,24 @@ def scan_backward_kernel(
         left = T - n * C
         chunk = row * num_chunks + n
         store(d_states + chunk * K * V, dS_KV, keys, values, K, V, V)
-        gates = at(batch, n * C, head, T, Hv, 1) + tokens * Hv
+        keys_here, values_here = at(batch, n * C, key_head, T, Hk, K), at(batch, n * C, head, T, Hv, V)
+        gates_here = at(batch, n * C, head, T, Hv, 1)
+        gates = gates_here + tokens * Hv
         b_C = tl.load(beta + gates, mask=tokens < left, other=0.0)
         G_C = tl.load(total + gates, mask=tokens < left, other=0.0)
-        G_end = tl.load(total + at(batch, n * C + tl.minimum(left, C) - 1, head, T, Hv, 1))
-        k_CK = load(k + at(batch, n * C, key_head, T, Hk, K), tokens, keys, left, K, Hk * K)
+        G_end = tl.load(total + gates_here + (tl.minimum(left, C) - 1) * Hv)
+        k_CK = load(k + keys_here, tokens, keys, left, K, Hk * K)
         dr_CV = decay(G_end - G_C)[:, None] * product(k_CK, dS_KV, TYPE)
         dS_KV = decay(G_end) * dS_KV
         if READS:
-            d_out_CV = load(d_out + at(batch, n * C, head, T, Hv, V), tokens, values, left, V, Hv * V)
+            d_out_CV = load(d_out + values_here, tokens, values, left, V, Hv * V)
             p_CC = load(reads + chunk * C * C, tokens, tokens, C, C, C)
             dr_CV += product(tl.trans(p_CC), d_out_CV, TYPE)
-            q_CK = load(q + at(batch, n * C, key_head, T, Hk, K), tokens, keys, left, K, Hk * K)
+            q_CK = load(q + keys_here, tokens, keys, left, K, Hk * K)
             dS_KV += product(tl.trans(q_CK), decay(G_C)[:, None] * d_out_CV.to(tl.float32), TYPE)
         if ERASES:
             inverse_CC = load(inverse + chunk * C * C, tokens, tokens, C, C, C)
             dr_CV = product(tl.trans(inverse_CC), dr_CV, TYPE)
             dS_KV -= product(tl.trans(k_CK), (b_C * decay(G_C))[:, None] * dr_CV, TYPE)
-        store(d_right + at(batch, n * C, head, T, Hv, V), dr_CV, tokens, values, left, V, Hv * V)
+        store(d_right + values_here, dr_CV, tokens, values, left, V, Hv * V)
     store(d_state + row * K * V, dS_KV, keys, values, K, V, V)

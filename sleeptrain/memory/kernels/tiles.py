@@ -2,9 +2,9 @@
 
 from typing import NamedTuple
 
-# Tiles of 64 key columns are what Triton 3.4 to 3.7.0 compiles into wrong gradients for Hopper in another
-# project's backward (flash-linear-attention, issue 640): the kernels here take 32 there. check.py is the proof.
-MULTIPROCESSORS = 132  # of an H200: with fewer programs than these, tiles are made smaller
+# Of tiles of 64 key columns Triton 3.4 to 3.7.0 makes wrong gradients on Hopper, in another project's backward
+# (flash-linear-attention, issue 640): gradients.py takes 32. The proof for a device is check.py.
+MULTIPROCESSORS = 132  # of an H200: with fewer programs than these, a scan takes narrower tiles
 
 
 class Tiles(NamedTuple):
