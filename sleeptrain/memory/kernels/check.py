@@ -130,7 +130,8 @@ def check_device(device: str = "cuda", num_seeds: int = 1) -> None:
         if bad := above_bar(case, errors(case, device)):
             worst = ", ".join(f"{name} {error:.1e}" for name, error in bad.items())
             raise RuntimeError(
-                f"the Triton kernels are wrong on {device} for {case}: {worst}; use model.memory_backend=chunked"
+                f"the Triton kernels are wrong on {device} for {case}: {worst}; set "
+                "model.memory_backend=chunked"
             )
 
 

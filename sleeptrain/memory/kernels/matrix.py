@@ -35,7 +35,7 @@ def store(x, value, rows, columns, num_rows, num_columns, stride):
 
 @triton.jit
 def at(batch, token, head, T, H, D):
-    """Where this token's and head's D elements begin in ``[B, T, H, D]``, of maybe more than 2^31 elements."""
+    """Where the D elements of a token and head begin in ``[B, T, H, D]``, which may exceed 2^31 elements."""
     return ((batch.to(tl.int64) * T + token) * H + head) * D
 
 

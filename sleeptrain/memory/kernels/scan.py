@@ -9,7 +9,7 @@ from sleeptrain.memory.kernels.matrix import at, decay, load, product, store
 
 @triton.jit
 def scan_kernel(
-    q, k, v, beta, total, inverse, reads, state,  # in: as in factors.py; [B, T, Hv, V]; [B * Hv, K, V] float32
+    q, k, v, beta, total, inverse, reads, state,  # in: see factors.py; [B, T, Hv, V]; [B * Hv, K, V] float32
     out, last_state, states, written,  # out: as v; as state; S before each chunk [B * Hv, N, K, V]; Y as v
     T, Hk, Hv,
     K: tl.constexpr, V: tl.constexpr, C: tl.constexpr, KEYS: tl.constexpr, VALUES: tl.constexpr,

@@ -2,8 +2,8 @@
 
 from typing import NamedTuple
 
-# Of tiles of 64 key columns Triton 3.4 to 3.7.0 makes wrong gradients on Hopper, in another project's backward
-# (flash-linear-attention, issue 640): gradients.py takes 32. The proof for a device is check.py.
+# Of tiles of 64 key columns Triton 3.4 to 3.7.0 makes wrong gradients on Hopper, in another project's
+# backward (flash-linear-attention, issue 640): gradients.py takes 32. The proof for a device is check.py.
 MULTIPROCESSORS = 132  # of an H200: with fewer programs than these, a scan takes narrower tiles
 
 
