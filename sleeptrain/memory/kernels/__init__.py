@@ -4,7 +4,7 @@ With G the running sum of log decays in a chunk, D_ij = exp(G_i - G_j) for i >= 
 the chunk and b the write strengths (the mathematics of ``chunked.py``, with U and W never formed):
 
     A = I + strictly_lower(diag(b) (K K^T * D))          factors.py, all chunks at once: A^-1 and P
-    P = Q K^T * D
+    P = Q K^T * D                                        (stored as A^-1 - I: the ones are exact)
     Y = A^-1 diag(b) (V - diag(exp(G)) K S)              scan.py, chunk after chunk
     out = diag(exp(G)) Q S + P Y
     S' = exp(G_C) S + K^T diag(exp(G_C - G)) Y

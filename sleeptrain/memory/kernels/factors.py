@@ -10,7 +10,7 @@ from sleeptrain.memory.kernels.matrix import at, decay_between, load, product, s
 @triton.jit
 def factors_kernel(
     q, k, log_decay, beta,  # in: [B, T, Hk, K] twice, [B, T, Hv] twice
-    total, inverse, reads,  # out: G [B, T, Hv] float64; A^-1 and P [B * Hv, N, C, C]
+    total, rest, reads,  # out: G [B, T, Hv] float64; A^-1 - I and P [B * Hv, N, C, C]
     T, Hk, Hv,
     K: tl.constexpr, C: tl.constexpr, KEYS: tl.constexpr, TYPE: tl.constexpr,
     ERASES: tl.constexpr, READS: tl.constexpr,
@@ -40,6 +40,7 @@ def factors_kernel(
     if ERASES:
         b_C = tl.load(beta + gates, mask=tokens < left, other=0.0)
         lower = tl.where(tokens[:, None] > tokens[None, :], b_C[:, None] * kk * decays, 0.0)
-        store(inverse + square, unit_lower_inverse(lower, C), tokens, tokens, C, C, C)
+        rest_CC = tl.where(tokens[:, None] > tokens[None, :], unit_lower_inverse(lower, C), 0.0)
+        store(rest + square, rest_CC, tokens, tokens, C, C, C)
     if READS:
         store(reads + square, qk * decays, tokens, tokens, C, C, C)

@@ -32,7 +32,7 @@ def chunked_triton(
     num_batch, num_tokens, num_heads, value_dim = v.shape
     if num_tokens == 0:
         return (None if q is None else torch.zeros_like(v)), state
-    tiles = tiles or choose_tiles(num_tokens, num_batch * num_heads, k.shape[-1], value_dim)
+    tiles = tiles or choose_tiles(num_tokens, num_batch * num_heads, k.shape[-1], value_dim, v.element_size())
     tensors = [None if q is None else q.to(v.dtype), k.to(v.dtype), v]
     tensors += [x.float() for x in (log_decay, beta, state)]
     is_kept = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
@@ -65,7 +65,7 @@ class _TritonRule(torch.autograd.Function):
 
         square = (num_states, num_chunks, tiles.chunk_tokens, tiles.chunk_tokens)
         total = torch.empty_like(beta, dtype=torch.float64)
-        inverse = v.new_empty(square) if erases else None
+        rest = v.new_empty(square) if erases else None
         reads = v.new_empty(square) if q is not None else None
         sizes = _sizes(k, v)
         common = {
@@ -76,8 +76,8 @@ class _TritonRule(torch.autograd.Function):
             "READS": q is not None,
         }
         factors_kernel[num_states, num_chunks](
-            q, k, log_decay, beta, total, inverse, reads, *sizes,
-            KEYS=tiles.factor_keys, num_warps=tiles.warps, **common,
+            q, k, log_decay, beta, total, rest, reads, *sizes,
+            KEYS=tiles.factor_keys, num_warps=tiles.warps, num_stages=tiles.stages, **common,
         )  # fmt: skip
 
         out, last_state = None if q is None else torch.empty_like(v), torch.empty_like(state)
@@ -87,24 +87,24 @@ class _TritonRule(torch.autograd.Function):
         scan |= {"num_warps": tiles.scan_warps, "num_stages": tiles.scan_stages}
         grid = (num_states, triton.cdiv(value_dim, tiles.scan_values))
         scan_kernel[grid](
-            q, k, v, beta, total, inverse, reads, state,
+            q, k, v, beta, total, rest, reads, state,
             out, last_state, states, written, *sizes, KEEPS=is_kept, **scan,
         )  # fmt: skip
         ctx.decays, ctx.tiles, ctx.common, ctx.scan, ctx.scan_grid = decays, tiles, common, scan, grid
-        ctx.save_for_backward(q, k, v, beta, total, inverse, reads, states, written)
+        ctx.save_for_backward(q, k, v, beta, total, rest, reads, states, written)
         return out, last_state
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, d_out: Tensor | None, d_last_state: Tensor) -> tuple[Tensor | None, ...]:
-        q, k, v, beta, total, inverse, reads, states, written = ctx.saved_tensors
+        q, k, v, beta, total, rest, reads, states, written = ctx.saved_tensors
         d_out = None if q is None or d_out is None else d_out.contiguous()
         d_last_state, sizes, tiles = d_last_state.contiguous(), _sizes(k, v), ctx.tiles
         with torch.cuda.device_of(v):
             d_states, d_right = torch.empty_like(states), torch.empty_like(v)
             d_state = torch.empty_like(d_last_state)
             scan_backward_kernel[ctx.scan_grid](
-                q, k, beta, total, inverse, reads, d_out, d_last_state,
+                q, k, beta, total, rest, reads, d_out, d_last_state,
                 d_states, d_right, d_state, *sizes, **ctx.scan,
             )  # fmt: skip
 
@@ -117,7 +117,7 @@ class _TritonRule(torch.autograd.Function):
                 q, k, v, beta, total, states, written, d_out, d_states, d_right,
                 dq, dk, dv, d_log_decay, d_beta, *sizes,
                 V=v.shape[-1], KEYS=tiles.gradient_keys, VALUES=tiles.gradient_values,
-                num_warps=tiles.warps, **ctx.common,
+                num_warps=tiles.warps, num_stages=tiles.stages, **ctx.common,
             )  # fmt: skip
         if not ctx.decays:
             d_log_decay = None

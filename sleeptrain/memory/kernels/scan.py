@@ -9,7 +9,7 @@ from sleeptrain.memory.kernels.matrix import at, decay, load, product, store
 
 @triton.jit
 def scan_kernel(
-    q, k, v, beta, total, inverse, reads, state,  # in: see factors.py; [B, T, Hv, V]; [B * Hv, K, V] float32
+    q, k, v, beta, total, rest, reads, state,  # in: see factors.py; [B, T, Hv, V]; [B * Hv, K, V] float32
     out, last_state, states, written,  # out: as v; as state; S before each chunk [B * Hv, N, K, V]; Y as v
     T, Hk, Hv,
     K: tl.constexpr, V: tl.constexpr, C: tl.constexpr, KEYS: tl.constexpr, VALUES: tl.constexpr,
@@ -42,7 +42,7 @@ def scan_kernel(
             y_CV -= decay(G_C)[:, None] * product(k_CK, S_KV, TYPE)
         y_CV = b_C[:, None] * y_CV
         if ERASES:
-            y_CV = product(load(inverse + chunk * C * C, tokens, tokens, C, C, C), y_CV, TYPE)
+            y_CV += product(load(rest + chunk * C * C, tokens, tokens, C, C, C), y_CV, TYPE)
         if KEEPS:
             store(written + values_here, y_CV, tokens, values, left, V, Hv * V)
         if READS:
@@ -56,7 +56,7 @@ def scan_kernel(
 
 @triton.jit
 def scan_backward_kernel(
-    q, k, beta, total, inverse, reads, d_out, d_last_state,  # in: as above
+    q, k, beta, total, rest, reads, d_out, d_last_state,  # in: as above
     d_states, d_right, d_state,  # out: dS' after each chunk [B * Hv, N, K, V]; dR as v; as state
     T, Hk, Hv,
     K: tl.constexpr, V: tl.constexpr, C: tl.constexpr, KEYS: tl.constexpr, VALUES: tl.constexpr,
@@ -93,8 +93,8 @@ def scan_backward_kernel(
             q_CK = load(q + keys_here, tokens, keys, left, K, Hk * K)
             dS_KV += product(tl.trans(q_CK), decay(G_C)[:, None] * d_out_CV.to(tl.float32), TYPE)
         if ERASES:
-            inverse_CC = load(inverse + chunk * C * C, tokens, tokens, C, C, C)
-            dr_CV = product(tl.trans(inverse_CC), dr_CV, TYPE)
+            rest_CC = load(rest + chunk * C * C, tokens, tokens, C, C, C)
+            dr_CV += product(tl.trans(rest_CC), dr_CV, TYPE)
             dS_KV -= product(tl.trans(k_CK), (b_C * decay(G_C))[:, None] * dr_CV, TYPE)
         store(d_right + values_here, dr_CV, tokens, values, left, V, Hv * V)
     store(d_state + row * K * V, dS_KV, keys, values, K, V, V)

@@ -18,19 +18,26 @@ class Tiles(NamedTuple):
     scan_warps: int = 4
     scan_stages: int = 2  # chunks that are loaded ahead
     warps: int = 4  # of the other two kernels
+    stages: int = 3
 
 
-def choose_tiles(num_tokens: int, num_states: int, key_dim: int, value_dim: int) -> Tiles:
-    """``num_states``: sequences x value heads. Not tuned on a GPU yet."""
-    scan_values = min(32 if key_dim > 128 else 64, power_of_2(value_dim))
-    if num_states * -(-value_dim // scan_values) < MULTIPROCESSORS:
-        scan_values = min(scan_values, 32)
+def choose_tiles(num_tokens: int, num_states: int, key_dim: int, value_dim: int, item_bytes: int) -> Tiles:
+    """``num_states``: sequences x value heads; ``item_bytes``: of the type that is multiplied. Not tuned on a
+    GPU yet, but test_kernels_compile.py shows that all fit."""
+    if item_bytes == 4:
+        longest, values, keys, stages = 32, 16 if key_dim > 128 else 32, 32, 1
+    else:
+        longest, values, keys, stages = 64, 32 if key_dim > 128 else 64, 64, 3
+    if num_states * -(-value_dim // values) < MULTIPROCESSORS:
+        values = min(values, 32)
     return Tiles(
-        chunk_tokens=min(64, power_of_2(num_tokens)),
-        factor_keys=min(64, power_of_2(key_dim)),
-        scan_values=scan_values,
+        chunk_tokens=min(longest, power_of_2(num_tokens)),
+        factor_keys=min(keys, power_of_2(key_dim)),
+        scan_values=min(values, power_of_2(value_dim)),
         gradient_keys=min(32, power_of_2(key_dim)),
-        gradient_values=min(64, power_of_2(value_dim)),
+        gradient_values=min(keys, power_of_2(value_dim)),
+        scan_stages=min(2, stages),
+        stages=stages,
     )
 
 

@@ -22,8 +22,8 @@ SHORT = EXACT | {"num_tokens": 70}
 HALF = ONE | {"dtype": torch.float16, "num_tokens": 70, "extreme": True}
 BFLOAT16 = ONE | {"dtype": torch.bfloat16, "num_tokens": 70}
 SMALL_TILES = Tiles(16, factor_keys=16, scan_values=16, gradient_keys=16, gradient_values=16)
-WIDE_TILES = Tiles(32, factor_keys=64, scan_values=64, gradient_keys=64, gradient_values=32)
-SHARED = {"num_heads": 4, "num_key_heads": 2, "key_dim": 96, "value_dim": 160}
+WIDE_TILES = Tiles(64, factor_keys=64, scan_values=64, gradient_keys=64, gradient_values=32)
+SHARED = {"num_heads": 2, "num_key_heads": 1, "key_dim": 96, "value_dim": 160}
 
 CASES: list[tuple[Case, Tiles | None]] = [
     *((Case(rule, **SHORT, extreme=True), None) for rule in memory.RULES),
