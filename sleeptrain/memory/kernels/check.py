@@ -18,8 +18,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from sleeptrain.memory.dispatch import choose
 from sleeptrain.memory.kernels.tiles import Tiles
 from sleeptrain.memory.rule import RULES, recurrent
+from sleeptrain.schema import ConfigError
 
 NAMES = ("q", "k", "v", "log_decay", "beta", "state")
 LOW = {"out": 5e-3, "last_state": 5e-3, "d_q": 8e-3, "d_k": 8e-3, "d_v": 8e-3, "d_state": 8e-3}
@@ -153,13 +155,16 @@ def main() -> int:
     )
     parser.add_argument("--seeds", type=int, default=20, help="problems of each kind (default 20)")
     options = parser.parse_args()
-    if not torch.cuda.is_available():
-        print("error: torch sees no CUDA device, and this check is of one", file=sys.stderr)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        choose(device, torch.bfloat16, 256, "triton")
+    except ConfigError as error:
+        print(f"error: {error}", file=sys.stderr)
         return 2
     worst: dict[str, dict[str, float]] = {}
     num_bad = 0
     for case in cases(options.seeds):
-        found = errors(case, "cuda")
+        found = errors(case, device)
         num_bad += bool(above_bar(case, found))
         row = worst.setdefault(str(case._replace(seed=0)), found)
         row |= {name: max(error, row[name]) for name, error in found.items()}
