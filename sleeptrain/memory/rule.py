@@ -60,7 +60,8 @@ def recurrent(
     decays, erases = RULES[rule]
     dtype = state_dtype(v.dtype)
     groups = v.shape[2] // k.shape[2]
-    q, k = (None if x is None else x.to(dtype).repeat_interleave(groups, dim=2) for x in (q, k))
+    k = k.to(dtype).repeat_interleave(groups, dim=2)
+    q = None if q is None else q.to(dtype).repeat_interleave(groups, dim=2)
     state = state.to(dtype)
     reads = []
     for t in range(v.shape[1]):

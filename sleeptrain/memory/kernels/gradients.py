@@ -37,11 +37,8 @@ def gradients_kernel(
     G_C = tl.load(total + gates, mask=tokens < left, other=0.0)
     G_end = tl.load(total + gates_here + (tl.minimum(left, C) - 1) * Hv)
 
-    dp_CC, da_CC, d_beta_C = (
-        tl.zeros([C, C], tl.float32),
-        tl.zeros([C, C], tl.float32),
-        tl.zeros([C], tl.float32),
-    )
+    dp_CC, da_CC = tl.zeros([C, C], tl.float32), tl.zeros([C, C], tl.float32)
+    d_beta_C = tl.zeros([C], tl.float32)
     for first in range(0, V, VALUES):
         values = first + tl.arange(0, VALUES)
         y_CV = load(written + values_here, tokens, values, left, V, Hv * V)

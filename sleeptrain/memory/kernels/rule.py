@@ -119,9 +119,15 @@ class _TritonRule(torch.autograd.Function):
                 V=v.shape[-1], KEYS=tiles.gradient_keys, VALUES=tiles.gradient_values,
                 num_warps=tiles.warps, num_stages=tiles.stages, **ctx.common,
             )  # fmt: skip
-        if not ctx.decays:
-            d_log_decay = None
-        return _of_key_heads(dq, k), _of_key_heads(dk, k), dv, d_log_decay, d_beta, d_state, None, None, None
+        return (
+            _of_key_heads(dq, k),
+            _of_key_heads(dk, k),
+            dv,
+            d_log_decay if ctx.decays else None,
+            d_beta,
+            d_state,
+            *(None,) * 3,
+        )
 
 
 def _sizes(k: Tensor, v: Tensor) -> tuple[int, int, int]:
