@@ -40,8 +40,8 @@ pretrain: .venv/.stamp  ## train the quickstart experiment in runs/
 study: .venv/.stamp  ## accuracy over N at equal tokens, FLOPs and time, with its report; under 20 minutes on 2 cores
 	python -m sleeptrain.study study=rule110_n study.scale=cpu_minutes $(ARGS)
 
-bench: .venv/.stamp-bench  ## measure against the peers, one figure per file of tools/bench
-	@for file in $(filter-out %/measure.py %/goodput.py, $(wildcard tools/bench/*.py)); do echo "python $$file"; python $$file || exit; done
+bench: .venv/.stamp-bench  ## measure against the peers on a CPU, one figure per file of tools/bench
+	@for file in $(filter-out %/measure.py %/goodput.py %/gdn_gpu.py, $(wildcard tools/bench/*.py)); do echo "python $$file"; python $$file || exit; done
 
 # A stamp is written only after pip succeeded, so a failed install is tried again; it counts for nothing where the
 # Python below .venv no longer runs.

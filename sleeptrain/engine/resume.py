@@ -35,6 +35,7 @@ FREE_SETTINGS = (
     "data.cache_dir",
     "data.cache_gib",
     "sleep.activation_checkpointing",
+    "model.memory_backend",
 )
 ORIGIN = "origin"
 FREE_SECTIONS = ("log.", "checkpoint.", "eval.", "parallel.", "cluster.")

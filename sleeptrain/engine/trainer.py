@@ -51,7 +51,7 @@ from sleeptrain.engine.secrets import refuse_secrets
 from sleeptrain.engine.watchdog import Watchdog
 from sleeptrain.model.flops import peak_flops
 from sleeptrain.optim.schedule import lr_factor, num_passes_at
-from sleeptrain.parallel.backend import choose_device
+from sleeptrain.parallel.backend import memory_backend
 from sleeptrain.parallel.place import Place, make_backend, open_place, rank_given
 from sleeptrain.schema import ConfigError, to_dict
 from sleeptrain.tasks import Task
@@ -62,7 +62,7 @@ def train(config: Config, frozen_config: str) -> int:
     config.yaml. Every process of the run calls it."""
     refuse_secrets(config)
     check_wandb(config)
-    choose_device(config.run.device)
+    memory_backend(config)
     folder = Path(config.run.dir)
     RunLock(folder).check()
     refuse_drift(folder / "checkpoints", config)
@@ -160,6 +160,8 @@ class Trainer:
         writes = self.place.rank == 0
         metrics = MetricsWriter(self.folder, config, progress.line) if writes else NoMetrics()
         progress.line(f"run {config.run.id}: step {self.step} of {num_steps} in {self.folder}")
+        if any(block.is_fast_weight for block in config.model.blocks):
+            progress.line("fast weights by the {} backend: {}".format(*memory_backend(config)))
         try:
             self._loop(stop, metrics, progress)
             self._last_save(metrics, progress)

@@ -1,7 +1,7 @@
 """The learned local rules: ``apply`` advances a fast weight over a stretch of tokens (contract in
-``rule.py``)."""
+``rule.py``), by whichever backend ``choose`` names."""
 
-from sleeptrain.memory.chunked import chunked as apply
+from sleeptrain.memory.dispatch import Choice, apply, choose
 from sleeptrain.memory.rule import RULES, recurrent, state_dtype
 
-__all__ = ["RULES", "apply", "recurrent", "state_dtype"]
+__all__ = ["RULES", "Choice", "apply", "choose", "recurrent", "state_dtype"]

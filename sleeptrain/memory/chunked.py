@@ -36,8 +36,7 @@ def chunked(
     state: Tensor,
     rule: str = "gated_delta",
 ) -> tuple[Tensor | None, Tensor]:
-    """The contract of ``rule.py``. With ``q=None`` nothing is read: only the state is advanced, and out is
-    None."""
+    """The contract of ``rule.py``."""
     if v.shape[1] == 0:
         return (None if q is None else torch.zeros_like(v)), state
     dtype = state_dtype(v.dtype)

@@ -12,7 +12,8 @@ The contract, for every rule and every faster form of it::
     out        [B, T, Hv, V]  what each token reads after its own write
 
 A token with log_decay = 0 and beta = 0 leaves the state untouched. Gradients flow through both states. Gates
-and state are computed in at least float32, ``out`` comes back in the type of ``v``.
+and state are computed in at least float32, ``out`` comes back in the type of ``v``. With ``q=None`` nothing
+is read: only the state is advanced, and out is None.
 
 Shape letters: B batch, T tokens, Hk query/key heads, Hv value heads, K key size, V value size.
 """
@@ -44,8 +45,14 @@ def state_dtype(dtype: torch.dtype) -> torch.dtype:
 
 
 def recurrent(
-    q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, beta: Tensor, state: Tensor, rule: str = "gated_delta"
-) -> tuple[Tensor, Tensor]:
+    q: Tensor | None,
+    k: Tensor,
+    v: Tensor,
+    log_decay: Tensor,
+    beta: Tensor,
+    state: Tensor,
+    rule: str = "gated_delta",
+) -> tuple[Tensor | None, Tensor]:
     """Steps token by token: the reference for everything faster (method: paper section 2.2).
 
     S <- a S;  S <- S + b k (v - S^T k)^T, or S + b k v^T for a rule that does not erase;  o = S^T q
@@ -53,7 +60,8 @@ def recurrent(
     decays, erases = RULES[rule]
     dtype = state_dtype(v.dtype)
     groups = v.shape[2] // k.shape[2]
-    q, k = (x.to(dtype).repeat_interleave(groups, dim=2) for x in (q, k))
+    k = k.to(dtype).repeat_interleave(groups, dim=2)
+    q = None if q is None else q.to(dtype).repeat_interleave(groups, dim=2)
     state = state.to(dtype)
     reads = []
     for t in range(v.shape[1]):
@@ -63,6 +71,9 @@ def recurrent(
         if erases:
             v_BHV = v_BHV - torch.einsum("bhkv,bhk->bhv", state, k_BHK)
         state = state + torch.einsum("bhk,bhv->bhkv", k_BHK, b_BH1 * v_BHV)
-        reads.append(torch.einsum("bhkv,bhk->bhv", state, q[:, t]))
+        if q is not None:
+            reads.append(torch.einsum("bhkv,bhk->bhv", state, q[:, t]))
+    if q is None:
+        return None, state
     out = torch.stack(reads, dim=1) if reads else torch.zeros_like(v, dtype=dtype)
     return out.to(v.dtype), state

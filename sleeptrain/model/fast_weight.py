@@ -25,7 +25,8 @@ class FastWeight(nn.Module):
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
-        self.rule, self.negative_eigenvalues = config.rule, config.negative_eigenvalues
+        self.rule, self.backend = config.rule, config.memory_backend
+        self.negative_eigenvalues = config.negative_eigenvalues
         self.num_heads = config.memory_heads  # those held here: a part of all under tensor parallelism
         self.key_dim, self.value_dim, self.conv_width = (
             config.memory_key_dim,
@@ -54,7 +55,7 @@ class FastWeight(nn.Module):
         q, k, v, tail = self._queries_keys_values(x_BTD, state.tail, tokens, is_read or tokens.keeps_tail)
         gates = self._gates(x_BTD, tokens)
         out, written = memory.apply(
-            q if is_read else None, k, v, *gates, _fast_weights(state), rule=self.rule
+            q if is_read else None, k, v, *gates, _fast_weights(state), self.rule, self.backend
         )
         if not is_read:
             return None, BlockState(written, tail)

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
+from sleeptrain import memory
 from sleeptrain.checkpoint.slices import Slice, whole
 from sleeptrain.config import Config, SleepConfig
 from sleeptrain.data.batch import Batch
@@ -172,6 +173,15 @@ def compute_dtype(config: Config, device: torch.device) -> torch.dtype:
     if config.run.precision == "auto":
         return torch.bfloat16 if device.type == "cuda" else torch.float32
     return {"float32": torch.float32, "bfloat16": torch.bfloat16}[config.run.precision]
+
+
+def memory_backend(config: Config) -> memory.Choice:
+    """What runs the rule of the fast weights in this run, and why. Raises ConfigError for one that cannot."""
+    device = choose_device(config.run.device)
+    model = config.model
+    return memory.choose(
+        device.type, compute_dtype(config, device), model.memory_key_dim, model.memory_backend
+    )
 
 
 def autocast(config: Config, device: torch.device) -> AbstractContextManager:

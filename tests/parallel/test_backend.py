@@ -15,13 +15,20 @@ from sleeptrain.config import Config, DataConfig, ModelConfig, OptimConfig, RunC
 from sleeptrain.data.batch import Batch
 from sleeptrain.data.stream import TrainStream
 from sleeptrain.model.halting import Stop
-from sleeptrain.parallel.backend import LocalBackend, choose_device
+from sleeptrain.parallel.backend import LocalBackend, choose_device, memory_backend
 from sleeptrain.schema import ConfigError
 from sleeptrain.tasks import make_task
 
 MODEL = ModelConfig(
     d_model=16, pattern="attn gdn", num_heads=2, memory_heads=2, memory_key_dim=4, memory_value_dim=4
 )
+
+
+def test_a_backend_of_the_fast_weights_that_cannot_run_here_is_refused() -> None:
+    config = Config(run=RunConfig(device="cpu"), model=MODEL)
+    assert memory_backend(config).backend == "chunked"
+    with pytest.raises(ConfigError, match=r"model.memory_backend=triton cannot run: .* are on cpu"):
+        memory_backend(replace(config, model=replace(MODEL, memory_backend="triton")))
 
 
 def build(micro: int | None = None, seed: int = 0, precision: str = "auto", **optim: float) -> LocalBackend:

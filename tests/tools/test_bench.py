@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 ROOT = Path(__file__).parents[2]
 BENCH = ROOT / "tools" / "bench"
@@ -115,7 +116,7 @@ def test_parallel_overhead_compares_equal_gradients():
     "name",
     [
         *("gdn_cpu", "step_overhead", "passes", "tasks", "pipeline_bubble", "parallel_overhead", "shards"),
-        *("latency", "goodput"),
+        *("latency", "goodput", "gdn_gpu"),
     ],
 )
 def test_help_explains_the_figure(name, monkeypatch, capsys):
@@ -127,6 +128,13 @@ def test_help_explains_the_figure(name, monkeypatch, capsys):
     said = capsys.readouterr().out
     assert "--quick" in said
     assert "ratio" in said.lower()
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a device to measure")
+def test_gdn_gpu_refuses_to_measure_a_cpu() -> None:
+    done = run("gdn_gpu", "--quick")
+    assert done.returncode == 2
+    assert done.stderr == "error: gdn_gpu.py measures a CUDA device, and torch sees none here\n"
 
 
 def test_ray_overhead_compares_the_same_run() -> None:
