@@ -146,8 +146,7 @@ class Trainer:
         data = task.fingerprint() | (mixture.fingerprint() if mixture else {})
         self.documents = {"config": to_dict(config), "data": data, "versions": versions()}
         if not self._resume() and config.run.init_from:
-            weights = initial_weights(config, self.vocab_size)
-            self.backend.start_from(weights)
+            self.backend.start_from(weights := initial_weights(config, self.vocab_size))
             self.documents |= origin_of(weights.checkpoint)
         if place.rank == 0:
             replace_file(folder / "config.yaml", frozen_config.encode())
