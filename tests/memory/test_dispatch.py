@@ -31,9 +31,9 @@ def test_a_cpu_runs_the_chunked_form_and_says_why() -> None:
     )
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="Triton is for Linux")
 @pytest.mark.usefixtures("compiled")
 def test_cuda_runs_the_kernels_where_they_can_be() -> None:
-    pytest.importorskip("triton")
     assert memory.choose("cuda", torch.bfloat16, 256).backend == "triton"
     assert memory.choose("cuda", torch.float64, 64) == (
         "chunked",

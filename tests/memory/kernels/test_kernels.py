@@ -16,6 +16,8 @@ from sleeptrain import memory
 from sleeptrain.memory.kernels.check import Case, above_bar, errors, make_inputs
 from sleeptrain.memory.kernels.tiles import Tiles
 
+pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="Triton is for Linux")
+
 ONE = {"num_sequences": 1, "num_heads": 1, "num_key_heads": 1}
 EXACT = ONE | {"dtype": torch.float32}
 SHORT = EXACT | {"num_tokens": 70}

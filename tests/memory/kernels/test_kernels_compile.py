@@ -13,7 +13,10 @@ from pathlib import Path
 
 import pytest
 
-pytestmark = pytest.mark.more
+pytestmark = [
+    pytest.mark.more,
+    pytest.mark.skipif(sys.platform != "linux", reason="Triton is for Linux"),
+]
 
 SHARED_BYTES = 227 * 2**10  # of a multiprocessor, for one program
 MOST_SPILLED_BYTES = 256  # what does not fit in a thread's registers goes to slow memory
