@@ -366,7 +366,8 @@ class TextConfig:
 
 @dataclass(frozen=True)
 class GSMInfiniteConfig:
-    """Grade-school problems over a graph of quantities, of any length (arXiv 2502.05252; paper section 4.3)."""
+    """Grade-school problems over a graph of quantities, in a context of any length (arXiv 2502.05252; paper
+    section 4.3)."""
 
     name: Literal["gsm_infinite"] = setting("gsm_infinite", "the task")
     kind: Literal["symbolic", "medium", "hard"] = setting(
@@ -403,10 +404,12 @@ class GSMInfiniteConfig:
         _require_positive("task", self, positive)
         if self.min_ops > self.max_ops:
             raise ConfigError(
-                f"task.min_ops={self.min_ops} is above task.max_ops={self.max_ops}; lower it, or raise max_ops"
+                f"task.min_ops={self.min_ops} is above task.max_ops={self.max_ops}; lower it, or raise that"
             )
         if self.max_ops > MOST_OPS:
-            raise ConfigError(f"task.max_ops={self.max_ops} must be at most {MOST_OPS}")
+            raise ConfigError(
+                f"task.max_ops={self.max_ops} is above {MOST_OPS}, the most that are drawn; lower it"
+            )
         if self.answer_tokens >= self.sequence_tokens:
             raise ConfigError(
                 f"task.answer_tokens={self.answer_tokens} leaves no room for facts in "
@@ -828,8 +831,9 @@ class Config:
             last = task.sequence_tokens % length or length
             if last < answers:
                 raise ConfigError(
-                    f"sleep.window_tokens={length} leaves {last} of task.sequence_tokens={task.sequence_tokens} "
-                    f"to the last window, which must hold task.answer_tokens={answers}; change one of them"
+                    f"sleep.window_tokens={length} leaves {last} of the {task.sequence_tokens} tokens of "
+                    f"task.sequence_tokens to the last window, which must hold task.answer_tokens={answers}; "
+                    "change one of them"
                 )
         elif context % length or answers > length:
             fitting = [n for n in range(answers, context + 1) if context % n == 0]

@@ -1,5 +1,5 @@
-"""Text to ids and back: bytes, or a Hugging Face ``tokenizer.json`` of a local folder. Neither network nor code
-of others."""
+"""Text to ids and back: bytes, or a Hugging Face ``tokenizer.json`` from a local folder, without network and
+without code of others."""
 
 import hashlib
 import json

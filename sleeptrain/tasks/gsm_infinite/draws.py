@@ -8,8 +8,8 @@ T = TypeVar("T")
 
 
 class Draws:
-    """Equal ``bits``, equal choices. They are made of ``Random.random`` alone, whose numbers Python promises to
-    keep from version to version."""
+    """Equal ``bits``, equal choices, in every version of Python: it promises to keep the numbers of
+    ``Random.random``, of which alone they are made."""
 
     def __init__(self, bits: int) -> None:
         self._uniform = Random(bits).random

@@ -14,8 +14,8 @@ LARGEST_VALUE = 1000
 
 Operation = Literal["is", "plus", "minus", "times", "difference", "sum", "total", "yield"]
 
-# How often what is drawn: tuned so that the commonest answer is as common as is known of the original, .33, .24,
-# .15 and .09 at 2, 4, 6 and 8 operations (tests/tasks/gsm_infinite; how, in LOG.md).
+# How often what is drawn: tuned so that the commonest answer is as common as is known of the original, .33,
+# .24, .15 and .09 at 2, 4, 6 and 8 operations (LOG.md).
 _WITH_CONSTANT: tuple[Operation, ...] = ("plus", "minus", "times")
 _WEIGHTS: dict[Operation, int] = {"plus": 1, "minus": 3, "times": 7, "difference": 6, "sum": 1}
 _MIX = [operation for operation, weight in _WEIGHTS.items() for _ in range(weight)]

@@ -13,7 +13,7 @@ from sleeptrain.tasks.gsm_infinite.graph import (
     draw_core,
     draw_relation,
 )
-from sleeptrain.tasks.gsm_infinite.stories import TOTALS_COUNT, Places, Variables
+from sleeptrain.tasks.gsm_infinite.stories import Places, Variables
 from sleeptrain.tasks.gsm_infinite.wording import sentence
 
 _SHARE_OF_TOTALS = 0.1
@@ -77,8 +77,8 @@ def _facts(core: Core, asked: str, config: GSMInfiniteConfig) -> list[str]:
 def add_distractors(
     draws: Draws, problem: Problem, config: GSMInfiniteConfig, room_tokens: int, count: Callable[[str], int]
 ) -> list[str]:
-    """Puts distractors among the facts as long as there is room for the next one; returns them in the order in
-    which they were made. Each hangs on quantities that were there before, and none of these hangs on it: the
+    """Puts distractors among the facts as long as there is room for the next one; returns them in the order
+    in which they were made. Each hangs on quantities that were there before, and none of these hangs on it: the
     last one can be taken away again."""
     values = dict(problem.core.values)
     known, added = list(values), []

@@ -174,7 +174,7 @@ class Places:
     def _new_place(self) -> "_Place":
         if not self._unused:
             raise ConfigError(
-                f"task.target_tokens asks for more quantities than {self._num_places} places have; lower it, or "
+                f"task.target_tokens wants more quantities than {self._num_places} places have; lower it, or "
                 "task.sequence_tokens where it is null"
             )
         return _Place(self._draws.pop(self._unused), self._story, self._kinds, self._is_hard)
@@ -227,8 +227,8 @@ class Variables:
         """Raises ConfigError when all are taken."""
         if not self._unused:
             raise ConfigError(
-                f"task.num_variables={self._num_variables} names are too few for the tokens to fill; raise it, or "
-                "lower task.target_tokens"
+                f"task.num_variables={self._num_variables} are too few names for the tokens to fill; raise it, "
+                "or lower task.target_tokens, or task.sequence_tokens where that is null"
             )
         return f"V{self._draws.pop(self._unused)}"
 

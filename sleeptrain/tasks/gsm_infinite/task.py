@@ -1,5 +1,5 @@
-"""GSM-Infinite: grade-school problems of any number of operations in a context of any length (arXiv 2502.05252,
-paper section 4.3); our own generator, from the published description."""
+"""GSM-Infinite: grade-school problems of any number of operations in a context of any length (arXiv
+2502.05252; paper section 4.3). Our own generator, from the published description."""
 
 import hashlib
 from typing import NamedTuple
@@ -33,9 +33,10 @@ class Row(NamedTuple):
 class GSMInfinite(Task):
     """Facts in random order, one sentence for each quantity, then the answer to one question about them.
 
-    Operations: additions, subtractions and multiplications (in reverse divisions, too) that the answer needs, and
-    the constants that it reads: a quantity that is needed counts at least one. Distractors are further
-    quantities that follow from those of the solution or from each other; nothing needed follows from them.
+    Operations: the additions, subtractions, multiplications and (in reverse) divisions that the answer needs,
+    and the values that it reads: a quantity that is needed counts at least one, so that "A is 3" is a problem
+    of one operation. Distractors are further quantities that follow from those of the solution or from each
+    other; nothing needed follows from them.
 
     Kinds: symbolic (variables), medium (numbers of kinds of things in places, and totals that no sentence
     defines: all kinds mentioned for the place), hard (averages per thing, and totals of their products, too).
@@ -43,8 +44,8 @@ class GSMInfinite(Task):
     that it hangs on by a single path is not, and is asked for; the same operations, inverted along the path.
 
     Loss: on what is to be written after "Answer:" (with ``worked_solution`` after "Solution:") and on the end
-    marker, the last id; each predicted from the token before. Difficulty: operations. Splits: the facts of the
-    solution with the question, whatever the distractors and the order.
+    marker, the last id; each predicted from the token before. Difficulty: operations. Splits: the facts of
+    the solution with the question, whatever the distractors and the order.
 
     >>> config = GSMInfiniteConfig(kind="symbolic", sequence_tokens=96, answer_tokens=16)
     >>> task = GSMInfinite(config)
@@ -95,8 +96,8 @@ class GSMInfinite(Task):
         return Examples(ids, targets, loss_mask, valid, np.array([row.ops for row in rows], dtype=np.int64))
 
     def score(self, predictions: Ints, nll: Floats, examples: Examples) -> dict[str, Floats]:
-        """``exact_accuracy``: whether all tokens to be written are the most likely ones, each given those before:
-        greedy decoding then writes exactly them."""
+        """``exact_accuracy``: whether all tokens to be written are the most likely ones, each given those
+        before: greedy decoding then writes exactly them."""
         right = (predictions == examples.targets) | ~examples.loss_mask
         return {"exact_accuracy": right.all(axis=1).astype(np.float64)}
 
@@ -126,14 +127,14 @@ class GSMInfinite(Task):
                 room = (self.sequence_tokens if config.target_tokens is None else config.target_tokens) - tail
                 return Row(self._stretched(draws, problem, context, room), prompt, answer, ops)
         raise ConfigError(
-            f"task.sequence_tokens={self.sequence_tokens} and task.answer_tokens={config.answer_tokens} leave no "
-            f"room for a problem of {ops} operations ({len(context)} tokens of facts, then "
+            f"task.sequence_tokens={self.sequence_tokens} and task.answer_tokens={config.answer_tokens} leave "
+            f"no room for a problem of {ops} operations ({len(context)} tokens of facts, then "
             f"{len(prompt) + len(answer)}); raise them, or lower task.max_ops"
         )
 
     def _stretched(self, draws: Draws, problem: Problem, context: Ints, room: int) -> Ints:
-        """The context with distractors up to ``room`` tokens; a few are taken away again where a tokenizer needs
-        more for all sentences together than for each."""
+        """The context with distractors up to ``room`` tokens; a few are taken away again where a tokenizer
+        needs more for all sentences together than for each."""
         added = add_distractors(draws, problem, self.config, room - len(context), self._count)
         if not added:
             return context

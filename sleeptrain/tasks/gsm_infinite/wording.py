@@ -1,6 +1,7 @@
 """A graph in words: one sentence per quantity, and the worked solution."""
 
 from collections.abc import Iterator
+from itertools import pairwise
 
 from sleeptrain.tasks.gsm_infinite.graph import Core, Definition
 
@@ -65,7 +66,7 @@ def _steps(core: Core, unknown: str) -> Iterator[tuple[str, str]]:
         return
     yield from forward(core.query)
     yield core.query, str(core.values[core.query])
-    for name, operand in zip(path, path[1:]):
+    for name, operand in pairwise(path):
         yield operand, _with_value(_backward(core, name, operand), core.values[operand])
 
 

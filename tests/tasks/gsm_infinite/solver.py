@@ -1,7 +1,7 @@
 """Solves problems from their text alone, by the grammar of their sentences; knows nothing of the generator.
 
-Every quantity is a linear form a x + b in the one unknown x, if there is one: a forward problem is solved with
-a = 0, a reverse one where a given value meets the form that its relation leads to.
+Every quantity is a linear form a x + b in the one unknown x, if there is one: a forward problem is solved
+with a = 0, a reverse one where a given value meets the form that its relation leads to.
 """
 
 import re
@@ -41,7 +41,8 @@ def parse(text: str) -> tuple[list[str], str]:
     """Sentences of the facts, and the quantity asked for."""
     facts = re.search(r"Facts:(.*?)(?=\nQuestion:|\nAnswer:|\nSolution:|$)", text)
     asked = re.search(r"Question: What is (.*?)\?", text)
-    assert facts and asked
+    assert facts
+    assert asked
     sentences = [s.strip() + "." for s in facts[1].split(".") if s.strip()]
     return [s for s in sentences if not s.startswith("A total counts")], asked[1]
 
@@ -152,7 +153,7 @@ class Solver:
         return products[0] if len(products) == 1 else self.add(products)
 
     def mentioned(self, place: str) -> set[str]:
-        """Numbers and averages, no totals, that the problem names for a place, on any side or in the question."""
+        """Numbers and averages, no totals, that the problem names for a place, also in the question."""
         text = " ".join([*self.sentences, f"What is {self.asked}?"])
         names = re.findall(r"[Tt]he (?:number|average number) of [a-z ]* (?:in|at) [A-Z]\w* [A-Z]\w*", text)
         return {name[0].lower() + name[1:] for name in names if name.endswith(" " + place)}
