@@ -399,6 +399,11 @@ class GSMInfiniteConfig:
     def context_tokens(self) -> int:
         return self.sequence_tokens - self.answer_tokens
 
+    @property
+    def filled_tokens(self) -> int:
+        """What distractors stretch a problem to."""
+        return self.sequence_tokens if self.target_tokens is None else self.target_tokens
+
     def __post_init__(self) -> None:
         positive = ("min_ops", "max_ops", "number_range", "num_variables", "answer_tokens")
         _require_positive("task", self, positive)

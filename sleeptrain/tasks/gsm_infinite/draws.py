@@ -1,6 +1,6 @@
 """Random choices of one problem, one after the other, from a state of their own."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from random import Random
 from typing import TypeVar
 
@@ -23,6 +23,10 @@ class Draws:
 
     def choice(self, items: Sequence[T]) -> T:
         return items[int(self._uniform() * len(items))]
+
+    def shuffled(self, items: Iterable[T]) -> list[T]:
+        rest = list(items)
+        return [self.pop(rest) for _ in range(len(rest))]
 
     def pop(self, items: list[T]) -> T:
         """Takes one out; the order of the rest changes."""

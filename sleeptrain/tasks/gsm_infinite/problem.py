@@ -21,7 +21,7 @@ _SHARE_OF_TOTALS = 0.1
 
 class Problem(NamedTuple):
     """``asked`` is the query, or in reverse the constant that is not given; ``facts`` say all that is needed,
-    one sentence each, in random order once distractors stand among them. ``names`` has more quantities."""
+    one sentence each, in random order. ``names`` has more quantities."""
 
     core: Core
     asked: str
@@ -48,7 +48,7 @@ def draw_problem(draws: Draws, config: GSMInfiniteConfig, ops: int) -> Problem:
         core = draw_core(draws, names, ops, config.number_range)
         asked = _asked(draws, core, config.mode == "reverse") if core else None
         if core and asked:
-            return Problem(core, asked, _facts(core, asked, config), names)
+            return Problem(core, asked, draws.shuffled(_facts(core, asked, config)), names)
 
 
 def _asked(draws: Draws, core: Core, is_reverse: bool) -> str | None:
@@ -78,8 +78,8 @@ def add_distractors(
     draws: Draws, problem: Problem, config: GSMInfiniteConfig, room_tokens: int, count: Callable[[str], int]
 ) -> list[str]:
     """Puts distractors among the facts as long as there is room for the next one; returns them in the order
-    in which they were made. Each hangs on quantities that were there before, and none of these hangs on it: the
-    last one can be taken away again."""
+    in which they were made. Each hangs on quantities that were there before, and none of these hangs on it:
+    the last one can be taken away again."""
     values = dict(problem.core.values)
     known, added = list(values), []
     while True:

@@ -1,6 +1,8 @@
 """Where the quantities of a problem come from: kinds of things in places, or variables."""
 
 from collections.abc import Iterator
+from functools import cache
+from itertools import product
 from typing import NamedTuple
 
 from sleeptrain.schema import ConfigError
@@ -117,6 +119,11 @@ STORIES = (
 TOTALS_COUNT = "A total counts all kinds that are mentioned for its place."
 
 
+@cache
+def _names_of_places(story: Story) -> tuple[str, ...]:
+    return tuple(f"{first} {second}" for first, second in product(*story.places))
+
+
 class Places:
     """The quantities of a problem that tells a story: numbers of a kind in a place, in hard problems averages
     per one of a kind, too, and their totals.
@@ -129,9 +136,7 @@ class Places:
         self._story = draws.choice(STORIES)
         kinds = list(self._story.kinds)
         self._kinds = [draws.pop(kinds) for _ in range(_KINDS_OF_A_PROBLEM)]
-        self._unused = [
-            f"{first} {second}" for first in self._story.places[0] for second in self._story.places[1]
-        ]
+        self._unused = list(_names_of_places(self._story))
         self._num_places = len(self._unused)
         self._open: list[_Place] = []  # may be mentioned further
         self._with_room: list[_Place] = []  # those of them that lack some kinds
@@ -221,16 +226,20 @@ class Variables:
 
     def __init__(self, draws: Draws, num_variables: int) -> None:
         self._draws, self._num_variables = draws, num_variables
-        self._unused = list(range(num_variables))
+        self._used: set[int] = set()
 
     def fresh(self) -> str:
         """Raises ConfigError when all are taken."""
-        if not self._unused:
+        if len(self._used) == self._num_variables:
             raise ConfigError(
-                f"task.num_variables={self._num_variables} are too few names for the tokens to fill; raise it, "
-                "or lower task.target_tokens, or task.sequence_tokens where that is null"
+                f"task.num_variables={self._num_variables} are too few for the tokens to fill; raise it, or "
+                "lower task.target_tokens, or task.sequence_tokens where that is null"
             )
-        return f"V{self._draws.pop(self._unused)}"
+        number = self._draws.between(0, self._num_variables - 1)
+        while number in self._used:
+            number = self._draws.between(0, self._num_variables - 1)
+        self._used.add(number)
+        return f"V{number}"
 
     def new_total(self, most_ops: int) -> None:
         return None

@@ -17,7 +17,7 @@ from sleeptrain.tasks.gsm_infinite.wording import solution
 from sleeptrain.tasks.gsm_infinite.words import WordTokenizer
 from sleeptrain.tasks.tokenizer import Tokenizer, make_tokenizer
 
-_MOST_ATTEMPTS = 2000  # one in ten problems belongs to the test split
+_MOST_ATTEMPTS = 100
 
 
 class Row(NamedTuple):
@@ -47,11 +47,19 @@ class GSMInfinite(Task):
     marker, the last id; each predicted from the token before. Difficulty: operations. Splits: the facts of
     the solution with the question, whatever the distractors and the order.
 
-    >>> config = GSMInfiniteConfig(kind="symbolic", sequence_tokens=96, answer_tokens=16)
-    >>> task = GSMInfinite(config)
-    >>> example = task.example(seed=0, index=2, difficulty=3)
-    >>> print(bytes(example.ids[example.valid].tolist()).decode())
-    >>> bytes(example.targets[example.loss_mask].tolist()[:-1])
+    A problem of 4 operations (two constants, a sum and a product) without distractors, and what is to be
+    written, as bytes; 256 is the end marker:
+
+    >>> task = GSMInfinite(GSMInfiniteConfig(max_ops=6, sequence_tokens=900, target_tokens=0))
+    >>> example = task.example(seed=0, index=2, difficulty=4)
+    >>> print(task.text(example.ids[example.valid]))  # doctest: +NORMALIZE_WHITESPACE
+    Question: What is the number of adult lynxes in Eagle Ridge?
+    Facts: A total counts all kinds that are mentioned for its place. The number of adult lynxes in Eagle
+    Ridge equals 2 times the total number of adult animals in Birch Coast. The number of adult lynxes in Birch
+    Coast is 1. The number of adult otters in Birch Coast is 2.
+    Answer: 6
+    >>> example.targets[example.loss_mask].tolist()
+    [32, 54, 256]
     """
 
     config: GSMInfiniteConfig
@@ -103,34 +111,39 @@ class GSMInfinite(Task):
 
     def fingerprint(self) -> dict[str, str | int]:
         """A tokenizer counts by its content, wherever it is."""
-        return super().fingerprint() | {"tokenizer": self._tokenizer.sha256 or self.config.tokenizer}
+        return super().fingerprint() | {
+            "tokenizer": self._tokenizer.sha256 or self.config.tokenizer,
+            "target_tokens": self.config.filled_tokens,
+        }
 
     def text(self, ids: Ints) -> str:
         """What ids ``[n]`` stand for."""
         return self._tokenizer.decode(ids.tolist()).decode(errors="replace")
 
     def _row(self, draws: Draws, split: Split, difficulty: int | None) -> Row:
-        """Problems are drawn until one belongs to the split and has room. Raises ConfigError if none does."""
-        config = self.config
+        """Problems are drawn until one has room. Raises ConfigError if none has."""
+        config, most = self.config, self.sequence_tokens
         ops = difficulty or draws.between(config.min_ops, config.max_ops)
         for _ in range(_MOST_ATTEMPTS):
-            problem = draw_problem(draws, config, ops)
-            if not in_split(_hash(problem), split)[0]:
-                continue
-            prompt, answer = map(self._encode, self._closing(problem))
-            tail = config.answer_tokens if config.answer_window == "own" else len(prompt) + len(answer)
+            problem = self._problem_of(draws, split, ops)
             context = self._encode(self._opening(problem))
-            if (
-                len(prompt) + len(answer) <= config.answer_tokens
-                and len(context) + tail <= self.sequence_tokens
-            ):
-                room = (self.sequence_tokens if config.target_tokens is None else config.target_tokens) - tail
+            prompt, answer = map(self._encode, self._closing(problem))
+            used = len(prompt) + len(answer)
+            tail = config.answer_tokens if config.answer_window == "own" else used
+            if used <= config.answer_tokens and len(context) + tail <= most:
+                room = config.filled_tokens - tail
                 return Row(self._stretched(draws, problem, context, room), prompt, answer, ops)
         raise ConfigError(
-            f"task.sequence_tokens={self.sequence_tokens} and task.answer_tokens={config.answer_tokens} leave "
-            f"no room for a problem of {ops} operations ({len(context)} tokens of facts, then "
-            f"{len(prompt) + len(answer)}); raise them, or lower task.max_ops"
+            f"task.sequence_tokens={most} and task.answer_tokens={config.answer_tokens} leave no room for "
+            f"a problem of {ops} operations ({len(context)} tokens of facts, then {used}); raise them, or "
+            "lower task.max_ops"
         )
+
+    def _problem_of(self, draws: Draws, split: Split, ops: int) -> Problem:
+        while True:
+            problem = draw_problem(draws, self.config, ops)
+            if in_split(_hash(problem), split)[0]:
+                return problem
 
     def _stretched(self, draws: Draws, problem: Problem, context: Ints, room: int) -> Ints:
         """The context with distractors up to ``room`` tokens; a few are taken away again where a tokenizer

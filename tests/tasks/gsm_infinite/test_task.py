@@ -5,6 +5,7 @@ from itertools import product
 import numpy as np
 import pytest
 from solver import Solver, parse, solve
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
 from sleeptrain.config import GSMInfiniteConfig
 from sleeptrain.schema import ConfigError
@@ -82,6 +83,23 @@ def test_distractors_hang_on_what_is_there_and_nothing_needed_hangs_on_them(kind
         assert not [s for s in distractors if s.split()[-2] in ("is", "=")]  # no constants
 
 
+def test_neither_the_order_of_the_facts_nor_where_they_stand_tells_what_is_needed() -> None:
+    task = GSMInfinite(config_of("symbolic", target_tokens=0))
+    places = []
+    for prompt, _ in read(task, task.examples(0, np.arange(300), difficulty=5)):
+        sentences, asked = parse(prompt)
+        places.append([s.startswith(f"{asked} =") for s in sentences].index(True) / (len(sentences) - 1))
+    assert abs(np.mean(places) - 0.5) < 0.05
+    stretched = GSMInfinite(config_of("symbolic", sequence_tokens=900))
+    places = []
+    for prompt, _ in read(stretched, stretched.examples(0, np.arange(150))):
+        solved = solve(prompt)
+        places += [
+            i / (len(solved.sentences) - 1) for i, s in enumerate(solved.sentences) if s in solved.needed
+        ]
+    assert abs(np.mean(places) - 0.5) < 0.04
+
+
 @pytest.mark.more
 def test_the_commonest_answer_is_as_common_as_in_the_original() -> None:
     """The figures are method.md's, for forward problems with constants of a range of 5."""
@@ -97,7 +115,7 @@ def test_no_problem_is_in_two_splits_whatever_its_distractors(kind) -> None:
     seen = [
         {
             (*sorted(parse(prompt)[0]), parse(prompt)[1])
-            for prompt, _ in read(task, task.examples(s, np.arange(300), p))
+            for prompt, _ in read(task, task.examples(s, np.arange(120), p))
         }
         for p in SPLITS
         for s in (0, 1)
@@ -105,14 +123,14 @@ def test_no_problem_is_in_two_splits_whatever_its_distractors(kind) -> None:
     train, validation, test = (seen[i] | seen[i + 1] for i in (0, 2, 4))
     assert not train & validation
     assert not (train | validation) & test
-    assert min(map(len, (train, validation, test))) > 400
+    assert min(map(len, (train, validation, test))) > 150
 
 
 def test_training_draws_operations_evenly_from_its_range() -> None:
     task = GSMInfinite(config_of("symbolic", min_ops=3, max_ops=5))
-    ops = np.bincount(task.examples(0, np.arange(600)).difficulty)
+    ops = np.bincount(task.examples(0, np.arange(400)).difficulty)
     assert ops[:3].sum() == 0
-    assert np.allclose(ops[3:] / 600, 1 / 3, atol=0.08)
+    assert np.allclose(ops[3:] / 400, 1 / 3, atol=0.08)
     assert task.difficulties == (4,)
     assert GSMInfinite(config_of()).difficulties == (1, 2, 4, 6, 8)
 
@@ -128,6 +146,35 @@ def test_examples_are_pure_and_do_not_depend_on_the_batch(tokenizer) -> None:
                 assert np.array_equal(part[i : i + 1], single)
     assert not np.array_equal(task.example(0, 0).ids, task.example(1, 0).ids)
     assert task.fingerprint() == again.fingerprint() != GSMInfinite(replace(config, max_ops=7)).fingerprint()
+
+
+@pytest.fixture
+def tokenizer_folder(tmp_path):
+    """Needs three more tokens for two sentences together than for each."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.normalizer = normalizers.Replace(". The", ". . . The")
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    in_bytes = GSMInfinite(config_of())
+    texts = [prompt for prompt, _ in read(in_bytes, in_bytes.examples(0, np.arange(20)))]
+    trainer = trainers.BpeTrainer(
+        vocab_size=400, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    return tmp_path
+
+
+@pytest.mark.parametrize("window", ["shared", "own"])
+def test_a_tokenizer_from_a_folder_stays_within_the_target(tokenizer_folder, window) -> None:
+    config = config_of("medium", "forward", "first", window, sequence_tokens=500, max_ops=4)
+    task = GSMInfinite(replace(config, tokenizer=str(tokenizer_folder), target_tokens=460))
+    assert task.fingerprint()["tokenizer"] not in ("bytes", str(tokenizer_folder))
+    examples = task.examples(0, np.arange(40))
+    for (prompt, answer), valid in zip(read(task, examples), examples.valid):
+        assert solve(prompt.replace(". . .", ".")).answer == int(answer)
+        answer_window = config.answer_tokens if window == "own" else valid[config.context_tokens :].sum()
+        assert 360 < valid[: config.context_tokens].sum() + answer_window <= 460
 
 
 @pytest.mark.parametrize("question", ["first", "last"])
