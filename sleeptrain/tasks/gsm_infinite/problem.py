@@ -81,7 +81,8 @@ def add_distractors(
     in which they were made. Each hangs on quantities that were there before, and none of these hangs on it:
     the last one can be taken away again."""
     values = dict(problem.core.values)
-    known, added = list(values), []
+    known = list(values)
+    added: list[str] = []
     while True:
         name, definition, value = _distractor(draws, problem.names, known, values, config.number_range)
         text = sentence(name, definition, config.kind == "symbolic")
