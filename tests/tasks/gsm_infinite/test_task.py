@@ -81,6 +81,9 @@ def test_distractors_hang_on_what_is_there_and_nothing_needed_hangs_on_them(kind
         assert len(sentences) > len(needed)
         distractors = [s for s in sentences if s not in set(needed)]
         assert not [s for s in distractors if s.split()[-2] in ("is", "=")]  # no constants
+        if mode == "forward":
+            everything = Solver(sentences, parse(long)[1])
+            assert {1 <= everything.form(name).constant <= 1000 for name in everything.relations} == {True}
 
 
 def test_neither_the_order_of_the_facts_nor_where_they_stand_tells_what_is_needed() -> None:
