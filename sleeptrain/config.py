@@ -379,7 +379,7 @@ class GSMInfiniteConfig:
     )
     min_ops: int = setting(1, "training draws the operations that a problem needs from this ...")
     max_ops: int = setting(8, "... to this, evenly")
-    number_range: int = setting(5, "constants are 1 to this, small ones more often")
+    number_range: int = setting(5, "constants are 1 to this: small ones more often, in reverse all evenly")
     num_variables: int = setting(1000, "symbolic: names that a problem draws its variables from")
     question: Literal["first", "last"] = setting("first", "the question stands before or behind the facts")
     worked_solution: bool = setting(False, "the steps of the solution have to be written before the answer")

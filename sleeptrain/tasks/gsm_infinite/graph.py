@@ -4,7 +4,8 @@ A quantity is known by its phrase ("the number of adult bears in Amber Valley", 
 quantities to their definitions in which each stands before its operands.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import partial
 from math import prod
 from typing import Literal, NamedTuple, Protocol
 
@@ -86,31 +87,38 @@ class Core(NamedTuple):
     values: dict[str, int]
 
 
-def draw_constant(draws: Draws, number_range: int) -> int:
-    """From 1..``number_range``, small ones more often."""
-    constant = 1
-    while constant < number_range and draws.chance(_LARGER_CONSTANT):
-        constant += 1
-    return constant
+Constants = Callable[[], int]
 
 
-def draw_relation(draws: Draws, number_range: int, ops_left: int) -> tuple[Operation, int, int]:
+def constants(draws: Draws, number_range: int, are_even: bool) -> Constants:
+    """Draws from 1..``number_range``: evenly, or small ones more often."""
+
+    def draw() -> int:
+        constant = 1
+        while constant < number_range and draws.chance(_LARGER_CONSTANT):
+            constant += 1
+        return constant
+
+    return partial(draws.between, 1, number_range) if are_even else draw
+
+
+def draw_relation(draws: Draws, constant: Constants, ops_left: int) -> tuple[Operation, int, int]:
     """An operation, how many operands it takes, of which each needs one of ``ops_left``, and its constant, if
     any."""
     operation = draws.choice(_MIX)
     if operation not in _WITH_CONSTANT and ops_left < 2:
         operation = draws.choice(_WITH_CONSTANT)
     if operation in _WITH_CONSTANT:
-        return operation, 1, draw_constant(draws, number_range)
+        return operation, 1, constant()
     is_long = operation == "sum" and ops_left >= 4 and draws.chance(_SHARE_OF_LONG_SUMS)
     return operation, 3 if is_long else 2, 0
 
 
-def draw_core(draws: Draws, names: Names, ops: int, number_range: int) -> Core | None:
+def draw_core(draws: Draws, names: Names, ops: int, constant: Constants) -> Core | None:
     """Grows a graph backwards from the query until it needs exactly ``ops`` operations; what has no
     definition by then is a constant. None where that leads nowhere, or to a value outside 1..LARGEST_VALUE.
     """
-    growth = _Growth(draws, names, ops, number_range)
+    growth = _Growth(draws, names, ops, constant)
     query = growth.operand()
     while growth.ops_left:
         if not growth.undefined:
@@ -118,7 +126,7 @@ def draw_core(draws: Draws, names: Names, ops: int, number_range: int) -> Core |
         growth.define()
     graph = growth.graph
     for leaf in growth.undefined:
-        graph[leaf] = Definition("is", (), draw_constant(draws, number_range))
+        graph[leaf] = Definition("is", (), constant())
     values: dict[str, int] = {}
     for name, definition in reversed(graph.items()):
         values[name] = definition.value(values)
@@ -133,15 +141,15 @@ class _Growth:
     An operand is undefined when it is chosen, and so depends on nothing that was defined before: no circles.
     """
 
-    def __init__(self, draws: Draws, names: Names, ops: int, number_range: int) -> None:
-        self.draws, self.names, self.ops_left, self.number_range = draws, names, ops, number_range
+    def __init__(self, draws: Draws, names: Names, ops: int, constant: Constants) -> None:
+        self.draws, self.names, self.ops_left, self.constant = draws, names, ops, constant
         self.graph: Graph = {}
         self.undefined: list[str] = []
 
     def define(self) -> None:
         """Gives one quantity its definition."""
         name = self.draws.pop(self.undefined)
-        operation, num_operands, constant = draw_relation(self.draws, self.number_range, self.ops_left)
+        operation, num_operands, constant = draw_relation(self.draws, self.constant, self.ops_left)
         self.ops_left -= max(1, num_operands - 1) - 1  # one was set aside
         self.graph[name] = Definition("is")  # its place, before its operands
         operands: tuple[str, ...] = ()

@@ -7,9 +7,11 @@ from sleeptrain.config import GSMInfiniteConfig
 from sleeptrain.tasks.gsm_infinite.draws import Draws
 from sleeptrain.tasks.gsm_infinite.graph import (
     LARGEST_VALUE,
+    Constants,
     Core,
     Definition,
     Names,
+    constants,
     draw_core,
     draw_relation,
 )
@@ -21,12 +23,14 @@ _SHARE_OF_TOTALS = 0.1
 
 class Problem(NamedTuple):
     """``asked`` is the query, or in reverse the constant that is not given; ``facts`` say all that is needed,
-    one sentence each, in random order. ``names`` has more quantities."""
+    one sentence each, in random order. ``names`` has more quantities,
+    ``constant`` draws one."""
 
     core: Core
     asked: str
     facts: list[str]
     names: Names
+    constant: Constants
 
     @property
     def answer(self) -> int:
@@ -39,16 +43,17 @@ class Problem(NamedTuple):
 
 def draw_problem(draws: Draws, config: GSMInfiniteConfig, ops: int) -> Problem:
     """One without distractors; drawn again until all its values are in range."""
+    constant = constants(draws, config.number_range, are_even=config.mode == "reverse")
     while True:
         names = (
             Variables(draws, config.num_variables)
             if config.kind == "symbolic"
             else Places(draws, is_hard=config.kind == "hard")
         )
-        core = draw_core(draws, names, ops, config.number_range)
+        core = draw_core(draws, names, ops, constant)
         asked = _asked(draws, core, config.mode == "reverse") if core else None
         if core and asked:
-            return Problem(core, asked, draws.shuffled(_facts(core, asked, config)), names)
+            return Problem(core, asked, draws.shuffled(_facts(core, asked, config)), names, constant)
 
 
 def _asked(draws: Draws, core: Core, is_reverse: bool) -> str | None:
@@ -84,7 +89,7 @@ def add_distractors(
     known = list(values)
     added: list[str] = []
     while True:
-        name, definition, value = _distractor(draws, problem.names, known, values, config.number_range)
+        name, definition, value = _distractor(draws, problem, known, values)
         text = sentence(name, definition, config.kind == "symbolic")
         room_tokens -= count(" " + text)
         if room_tokens < 0:
@@ -96,15 +101,15 @@ def add_distractors(
 
 
 def _distractor(
-    draws: Draws, names: Names, known: list[str], values: dict[str, int], number_range: int
+    draws: Draws, problem: Problem, known: list[str], values: dict[str, int]
 ) -> tuple[str, Definition, int]:
     """A fresh quantity, what it follows from, and its value; an old total that it uses gets to be known."""
-    if draws.chance(_SHARE_OF_TOTALS) and (total := names.old_total()):
+    if draws.chance(_SHARE_OF_TOTALS) and (total := problem.names.old_total()):
         values[total[0]] = total[1].value(values)
         known.append(total[0])
-    name = names.fresh()  # after the total, which would count it
+    name = problem.names.fresh()  # after the total, which would count it
     while True:
-        operation, num_operands, constant = draw_relation(draws, number_range, ops_left=len(known))
+        operation, num_operands, constant = draw_relation(draws, problem.constant, ops_left=len(known))
         operands = tuple(draws.choice(known) for _ in range(num_operands))
         if len(set(operands)) < num_operands:
             continue
