@@ -336,6 +336,7 @@ class DepoConfig:
             )
 
 
+MOST_OPS = 24  # of a GSM-Infinite problem
 _LEAST_CONTENTS = 1000  # so that each split, by a hash of the content, all but surely has some
 
 
@@ -392,7 +393,9 @@ class TextConfig:
     name: Literal["text"] = setting("text", "the task")
     folder: str = setting("stdlib", "folder of text files, or 'stdlib': the source of Python's own library")
     suffixes: tuple[str, ...] = setting((".txt", ".md", ".py"), "file name endings that count as text")
-    tokenizer: str = setting("bytes", "'bytes', or the path of a Hugging Face tokenizer.json")
+    tokenizer: str = setting(
+        "bytes", "'bytes', or the path of a Hugging Face tokenizer.json or of its folder"
+    )
     end_token: str = setting(
         "", "token of a tokenizer.json that ends a document; empty: an id of its own, after all others"
     )
@@ -409,7 +412,82 @@ class TextConfig:
             )
 
 
-TaskConfig = Rule110Config | DepoConfig | RecallConfig | TextConfig
+@dataclass(frozen=True)
+class GSMInfiniteConfig:
+    """Grade-school problems over a graph of quantities, in a context of any length (arXiv 2502.05252; paper
+    section 4.3)."""
+
+    name: Literal["gsm_infinite"] = setting("gsm_infinite", "the task")
+    kind: Literal["symbolic", "medium", "hard"] = setting(
+        "medium", "variables; a story of things in places; one with averages too"
+    )
+    mode: Literal["forward", "reverse"] = setting(
+        "forward",
+        "what is asked follows from constants; reverse: a constant is asked, from what follows from it",
+    )
+    min_ops: int = setting(1, "training draws the operations that a problem needs from this ...")
+    max_ops: int = setting(8, "... to this, evenly")
+    number_range: int = setting(5, "constants are 1 to this: small ones more often, in reverse all evenly")
+    num_variables: int = setting(1000, "symbolic: names that a problem draws its variables from")
+    question: Literal["first", "last"] = setting("first", "the question stands before or behind the facts")
+    worked_solution: bool = setting(False, "the steps of the solution have to be written before the answer")
+    answer_window: Literal["shared", "own"] = setting(
+        "shared", "own: the answer, with the question if that is last, has the last window alone"
+    )
+    answer_tokens: int = setting(128, "most tokens of a row's end: question if last, solution if any, answer")
+    tokenizer: str = setting(
+        "bytes", "'bytes', 'words', or the path of a Hugging Face tokenizer.json or of its folder"
+    )
+    sequence_tokens: int = setting(2048, "T, tokens of an example, left-padded")
+    target_tokens: int | None = setting(
+        None, "distractors stretch a problem to so many tokens; null: sequence_tokens; 0: no distractors"
+    )
+
+    @property
+    def context_tokens(self) -> int:
+        return self.sequence_tokens - self.answer_tokens
+
+    @property
+    def filled_tokens(self) -> int:
+        """What distractors stretch a problem to."""
+        return self.sequence_tokens if self.target_tokens is None else self.target_tokens
+
+    def __post_init__(self) -> None:
+        positive = ("min_ops", "max_ops", "number_range", "num_variables", "answer_tokens")
+        _require_positive("task", self, positive)
+        if self.min_ops > self.max_ops:
+            raise ConfigError(
+                f"task.min_ops={self.min_ops} is above task.max_ops={self.max_ops}; lower it, or raise that"
+            )
+        if self.max_ops > MOST_OPS:
+            raise ConfigError(
+                f"task.max_ops={self.max_ops} is above {MOST_OPS}, the most that are drawn; lower it"
+            )
+        if self.answer_tokens >= self.sequence_tokens:
+            raise ConfigError(
+                f"task.answer_tokens={self.answer_tokens} leaves no room for facts in "
+                f"task.sequence_tokens={self.sequence_tokens}; lower it, or raise sequence_tokens"
+            )
+        if self.target_tokens is not None and not 0 <= self.target_tokens <= self.sequence_tokens:
+            raise ConfigError(
+                f"task.target_tokens={self.target_tokens} must lie in 0..{self.sequence_tokens} "
+                "(task.sequence_tokens)"
+            )
+        if self.kind == "symbolic":
+            self._check_variables()
+
+    def _check_variables(self) -> None:
+        """No more quantities than operations, and enough different problems of the fewest operations."""
+        least = max(self.max_ops, math.ceil(_LEAST_CONTENTS ** (1 / self.min_ops) / self.number_range))
+        if self.num_variables < least:
+            raise ConfigError(
+                f"task.num_variables={self.num_variables} makes too few different problems with "
+                f"task.min_ops={self.min_ops} and task.max_ops={self.max_ops}; use {least} or more, or raise "
+                "task.min_ops"
+            )
+
+
+TaskConfig = Rule110Config | DepoConfig | RecallConfig | TextConfig | GSMInfiniteConfig
 
 
 @dataclass(frozen=True)
@@ -809,12 +887,20 @@ class Config:
             )
 
     def _check_answer_window(self) -> None:
-        """The answers of a synthetic task have the last window to themselves."""
+        """The answers of a synthetic task are in the last window, and unless they share it alone there."""
         length, task = self.sleep.window_tokens, self.task
         if not length or isinstance(task, TextConfig):
             return
         context, answers = task.context_tokens, task.sequence_tokens - task.context_tokens
-        if context % length or answers > length:
+        if isinstance(task, GSMInfiniteConfig) and task.answer_window == "shared":
+            last = task.sequence_tokens % length or length
+            if last < answers:
+                raise ConfigError(
+                    f"sleep.window_tokens={length} leaves {last} of the {task.sequence_tokens} tokens of "
+                    f"task.sequence_tokens to the last window, which must hold task.answer_tokens={answers}; "
+                    "change one of them"
+                )
+        elif context % length or answers > length:
             fitting = [n for n in range(answers, context + 1) if context % n == 0]
             nearest = min(fitting, key=lambda n: abs(n - length), default=0)
             raise ConfigError(

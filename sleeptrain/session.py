@@ -29,7 +29,7 @@ from sleeptrain.model import session as sessions
 from sleeptrain.model.halting import Stop
 from sleeptrain.model.visits import require_passes
 from sleeptrain.schema import ConfigError, RunError, to_dict
-from sleeptrain.tasks.text import make_tokenizer
+from sleeptrain.tasks.tokenizer import make_tokenizer
 
 FORMAT = "sleeptrain memory 1"
 
@@ -71,7 +71,8 @@ class Session:
         self.stop = Stop(tolerance, halt_threshold)
         self.stop.check(found.config.sleep)
         task = found.config.task
-        self.tokenizer = make_tokenizer(task) if isinstance(task, TextConfig) else None
+        is_text = isinstance(task, TextConfig)
+        self.tokenizer = make_tokenizer(task.tokenizer, task.end_token) if is_text else None
         self.on_sleep = on_sleep
         self._backend = found.backend
         self._identity = _identity(found.config.run.id, found.checkpoint.step, to_dict(found.config))

@@ -127,6 +127,25 @@ def nested(flat: dict[str, Any]) -> dict[str, Any]:
             ["task.num_keys=8", "task.num_values=5", "700 different", "1000"],
         ),
         ({"task.name": "text", "task.sequence_tokens": 1}, ["task.sequence_tokens=1"]),
+        ({"task.name": "gsm_infinite", "task.min_ops": 9}, ["task.min_ops=9", "task.max_ops=8"]),
+        ({"task.name": "gsm_infinite", "task.max_ops": 25}, ["task.max_ops=25", "24"]),
+        (
+            {"task.name": "gsm_infinite", "task.answer_tokens": 2048},
+            ["task.answer_tokens=2048", "task.sequence_tokens=2048"],
+        ),
+        ({"task.name": "gsm_infinite", "task.target_tokens": 2049}, ["task.target_tokens=2049", "0..2048"]),
+        (
+            {"task.name": "gsm_infinite", "task.kind": "symbolic", "task.num_variables": 199},
+            ["task.num_variables=199 ", "use 200 or more"],
+        ),
+        (
+            {"task.name": "gsm_infinite", "sleep.window_tokens": 500},
+            ["sleep.window_tokens=500", "leaves 48", "task.answer_tokens=128"],
+        ),
+        (
+            {"task.name": "gsm_infinite", "task.answer_window": "own", "sleep.window_tokens": 512},
+            ["sleep.window_tokens=512", "1920 tokens", "128 to answer", "=480 or"],
+        ),
         ({"checkpoint.keep_last": 0}, ["checkpoint.keep_last=0"]),
         ({"log.every_steps": 0}, ["log.every_steps=0"]),
     ],
@@ -212,6 +231,13 @@ def test_help_covers_every_setting() -> None:
     for section in get_type_hints(Config).values():
         for cls in filter(is_dataclass, (section, *get_args(section))):
             assert [f.name for f in fields(cls) if not f.metadata.get("help")] == []
+
+
+@pytest.mark.parametrize(("answer_window", "length"), [("shared", 2048), ("shared", 900), ("own", 480)])
+def test_a_window_that_holds_the_answer_of_a_long_problem_is_taken(answer_window: str, length: int) -> None:
+    task = {"name": "gsm_infinite", "answer_window": answer_window}
+    config = from_dict(Config, {"task": task, "sleep": {"window_tokens": length}})
+    assert config.window_tokens == length
 
 
 def test_settings_import_no_torch() -> None:

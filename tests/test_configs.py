@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from sleeptrain.config import DepoConfig, RecallConfig, Rule110Config, TextConfig
+from sleeptrain.config import DepoConfig, GSMInfiniteConfig, RecallConfig, Rule110Config, TextConfig
 from sleeptrain.data.stream import TrainStream
 from sleeptrain.parallel.backend import LocalBackend
 from sleeptrain.pretrain import CONFIGS, compose_config
@@ -47,7 +47,13 @@ def test_a_baseline_takes_a_step_from_its_loss(baseline: str) -> None:
 
 @pytest.mark.parametrize(
     ("name", "kind"),
-    [("rule110", Rule110Config), ("depo", DepoConfig), ("recall", RecallConfig), ("text", TextConfig)],
+    [
+        ("rule110", Rule110Config),
+        ("depo", DepoConfig),
+        ("recall", RecallConfig),
+        ("text", TextConfig),
+        ("gsm_infinite", GSMInfiniteConfig),
+    ],
 )
 def test_a_task_file_holds_the_defaults_of_its_dataclass(name: str, kind: type) -> None:
     """Hydra lets only written keys be changed, so every field has to stand there."""

@@ -2,12 +2,11 @@
 
 import gzip
 import hashlib
-import json
 import sysconfig
 from abc import abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, NamedTuple, get_args
+from typing import NamedTuple, get_args
 
 import numpy as np
 import numpy.typing as npt
@@ -16,6 +15,7 @@ from sleeptrain.config import TextConfig
 from sleeptrain.schema import ConfigError
 from sleeptrain.tasks.base import Examples, Floats, Ints, Split, Task
 from sleeptrain.tasks.counter import content_hash, in_split, random_below
+from sleeptrain.tasks.tokenizer import ByteTokenizer, FileTokenizer, make_tokenizer
 
 # Not the standard library's own source: installed packages, and tests, which some distributions leave out.
 _NOT_STDLIB = {"site-packages", "dist-packages", "test", "tests", "idle_test"}
@@ -32,85 +32,6 @@ class Document(NamedTuple):
     name: str
     num_bytes: int
     sha256: str
-
-
-class ByteTokenizer:
-    """Ids are byte values."""
-
-    sha256, end_id = "", 256
-
-    def __init__(self) -> None:
-        self.bytes_per_id = np.append(np.ones(256, dtype=np.int64), 0)
-
-    def encode(self, text: bytes) -> Ints:
-        return np.frombuffer(text, dtype=np.uint8).astype(np.int64)
-
-    def decode(self, ids: Sequence[int]) -> bytes:
-        """The end of a document is no text."""
-        return bytes(i for i in ids if i < self.end_id)
-
-
-class FileTokenizer:
-    """A Hugging Face ``tokenizer.json``, without its special tokens but the one that ends a document, if it
-    has one for that; needs the ``tokenizers`` package."""
-
-    def __init__(self, path: Path, end_token: str = "") -> None:
-        if not path.is_file():
-            raise ConfigError(f"task.tokenizer={path} is no file; give a tokenizer.json or use 'bytes'")
-        from tokenizers import Tokenizer
-
-        self.sha256 = hashlib.sha256(path.read_bytes()).hexdigest()
-        try:
-            self._tokenizer = Tokenizer.from_file(str(path))
-        except Exception as error:  # the library raises nothing narrower
-            raise ConfigError(
-                f"task.tokenizer={path} is no tokenizer.json ({error}); give another file or use 'bytes'"
-            ) from error
-        self.bytes_per_id = np.append(self._count_bytes(), 0)
-        self.end_id = len(self.bytes_per_id) - 1
-        if end_token:
-            found = self._tokenizer.token_to_id(end_token)
-            if found is None:
-                raise ConfigError(
-                    f"task.end_token={end_token!r} is no token of {path}; give one, or leave it out"
-                )
-            self.bytes_per_id, self.end_id = self.bytes_per_id[:-1], found
-            self.bytes_per_id[found] = 0
-
-    def encode(self, text: bytes) -> Ints:
-        decoded = text.decode(errors="replace")
-        return np.array(self._tokenizer.encode(decoded, add_special_tokens=False).ids, dtype=np.int64)
-
-    def decode(self, ids: Sequence[int]) -> bytes:
-        """The end of a document is no text."""
-        known = [i for i in ids if i < len(self.bytes_per_id) and i != self.end_id]
-        return str(self._tokenizer.decode(known, skip_special_tokens=False)).encode()
-
-    def _count_bytes(self) -> Ints:
-        """Bytes that each id stands for, [vocabulary]."""
-        content = json.loads(self._tokenizer.to_str())
-        byte_level = any(_has_type(content.get(part), "ByteLevel") for part in ("pre_tokenizer", "decoder"))
-        added = {token["id"] for token in content["added_tokens"]}
-        vocab = self._tokenizer.get_vocab(with_added_tokens=True)
-        counts = np.zeros(max(vocab.values()) + 1, dtype=np.int64)
-        for token, i in vocab.items():
-            if byte_level and i not in added:
-                counts[i] = len(token)  # one letter for each byte
-            elif token.startswith("<0x") and len(token) == len("<0x00>"):
-                counts[i] = 1  # a byte that has no token of its own
-            else:
-                counts[i] = len(token.replace("▁", " ").encode())
-        return counts
-
-
-Tokenizer = ByteTokenizer | FileTokenizer
-
-
-def make_tokenizer(config: TextConfig) -> Tokenizer:
-    """Raises ConfigError where there is no such file."""
-    if config.tokenizer == "bytes":
-        return ByteTokenizer()
-    return FileTokenizer(Path(config.tokenizer), config.end_token)
 
 
 class TextCrops(Task):
@@ -135,7 +56,7 @@ class TextCrops(Task):
 
     def __init__(self, config: TextConfig) -> None:
         super().__init__(config)
-        self._tokenizer = make_tokenizer(config)
+        self._tokenizer = make_tokenizer(config.tokenizer, config.end_token)
         self.vocab_size = len(self._tokenizer.bytes_per_id)
         self.difficulties = (0,)
         self._tokens_of: dict[Split, Tokens] = {}
@@ -321,10 +242,3 @@ def _walk(folder: Path, skip: set[str]) -> Iterator[Path]:
             yield path
         elif path.is_dir() and not path.is_symlink() and path.name not in skip:
             yield from _walk(path, skip)
-
-
-def _has_type(component: Any, name: str) -> bool:
-    """Whether a part of a tokenizer.json is, or is a sequence that holds, a component of this type."""
-    if isinstance(component, dict):
-        return component.get("type") == name or any(_has_type(value, name) for value in component.values())
-    return isinstance(component, list) and any(_has_type(item, name) for item in component)

@@ -5,13 +5,31 @@ import doctest
 import numpy as np
 import pytest
 
-from sleeptrain.config import DepoConfig, RecallConfig, Rule110Config, TextConfig
-from sleeptrain.tasks import Depo, Recall, Rule110, Text, depo, make_task, recall, rule110, text
+from sleeptrain.config import DepoConfig, GSMInfiniteConfig, RecallConfig, Rule110Config, TextConfig
+from sleeptrain.tasks import (
+    Depo,
+    GSMInfinite,
+    Recall,
+    Rule110,
+    Text,
+    depo,
+    gsm_infinite,
+    make_task,
+    recall,
+    rule110,
+    text,
+)
 
 
 @pytest.mark.parametrize(
     ("config", "cls"),
-    [(Rule110Config(), Rule110), (DepoConfig(), Depo), (RecallConfig(), Recall), (TextConfig(), Text)],
+    [
+        (Rule110Config(), Rule110),
+        (DepoConfig(), Depo),
+        (RecallConfig(), Recall),
+        (TextConfig(), Text),
+        (GSMInfiniteConfig(), GSMInfinite),
+    ],
 )
 def test_make_task_keeps_the_contract(config, cls) -> None:
     task = make_task(config)
@@ -36,7 +54,7 @@ def test_make_task_keeps_the_contract(config, cls) -> None:
     assert all(isinstance(v, str | int) for v in task.fingerprint().values())
 
 
-@pytest.mark.parametrize("module", [rule110, depo, recall, text])
+@pytest.mark.parametrize("module", [rule110, depo, recall, text, gsm_infinite.task])
 def test_the_worked_example_of_the_docstring_holds(module) -> None:
     result = doctest.testmod(module)
     assert result.attempted > 0

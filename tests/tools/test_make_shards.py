@@ -55,6 +55,7 @@ def read(url: object) -> tuple[Index, list[Shard]]:
         (DEPO, np.int16),
         (("experiment=quickstart",), np.int16),
         (("experiment=depo_small", "task.vocab_words=20000"), np.int32),
+        (("experiment=gsm_tiny",), np.int16),
     ],
 )
 @pytest.mark.parametrize("split", ["train", "validation"])

@@ -14,6 +14,7 @@ from sleeptrain.config import (
     Config,
     DataConfig,
     DepoConfig,
+    GSMInfiniteConfig,
     ModelConfig,
     RecallConfig,
     Rule110Config,
@@ -50,6 +51,13 @@ SETUPS = {
         task=RecallConfig(num_windows=64, num_keys=128),
         sleep=SleepConfig(window_tokens=4),
         data=DataConfig(batch_sequences=16),
+    ),
+    "gsm_infinite in bytes, small model": Config(
+        run=RUN,
+        model=SMALL,
+        task=GSMInfiniteConfig(),
+        sleep=SleepConfig(window_tokens=512),
+        data=DataConfig(batch_sequences=2),
     ),
     "text stdlib, small model": Config(
         run=RUN,
