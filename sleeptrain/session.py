@@ -71,8 +71,9 @@ class Session:
         self.stop = Stop(tolerance, halt_threshold)
         self.stop.check(found.config.sleep)
         task = found.config.task
-        is_text = isinstance(task, TextConfig)
-        self.tokenizer = make_tokenizer(task.tokenizer, task.end_token) if is_text else None
+        self.tokenizer = (
+            make_tokenizer(task.tokenizer, task.end_token) if isinstance(task, TextConfig) else None
+        )
         self.on_sleep = on_sleep
         self._backend = found.backend
         self._identity = _identity(found.config.run.id, found.checkpoint.step, to_dict(found.config))
