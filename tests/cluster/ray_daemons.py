@@ -1,6 +1,7 @@
 """A Ray cluster on this machine: the real daemons, started as a user does, in a folder of their own."""
 
 import contextlib
+import fcntl
 import json
 import os
 import re
@@ -14,7 +15,7 @@ import urllib.request
 from collections import defaultdict
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import psutil
 
@@ -33,6 +34,14 @@ STOP_WAITS = {"RAY_JOB_STOP_WAIT_TIME_S": "120"}  # as launchers/runtime_env.yam
 LOOPBACK = {"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0"}  # as launchers/ray_local.sh does
 
 
+def take_turn(alone: bool = False) -> IO[str]:
+    """Until the file is closed, tests that run beside this one start no Ray if ``alone``, and else wait with
+    being alone: ``ray symmetric-run`` refuses a machine on which a Ray runs."""
+    lock = (Path(tempfile.gettempdir()) / "sleeptrain_tests_ray.lock").open("w")
+    fcntl.flock(lock, fcntl.LOCK_EX if alone else fcntl.LOCK_SH)
+    return lock
+
+
 class Ray:
     """Context manager: a head with ``num_cpus`` inside of it, and the nodes that ``add_node`` starts. Without
     ``on_loopback`` it listens on the network, as a cluster of several machines must."""
@@ -49,6 +58,7 @@ class Ray:
         self.environ |= auth if authenticated else {"RAY_AUTH_MODE": "disabled"}
 
     def __enter__(self) -> "Ray":
+        self._turn = take_turn()
         self._temp = tempfile.TemporaryDirectory(prefix="ray", dir="/tmp")  # sockets want a short path
         ports = [f"--port={self.port}", f"--dashboard-port={self.dashboard_port}", "--include-dashboard=true"]
         ports.append(f"--ray-client-server-port={free_port()}")
@@ -63,6 +73,7 @@ class Ray:
                 psutil.Process(pid).kill()
         wait_for(lambda: not any(map(is_alive, pids)), 20)
         self._temp.cleanup()
+        self._turn.close()
 
     def add_node(self, num_cpus: int = 1) -> int:
         """Another node on this machine; the process id of its raylet."""

@@ -4,6 +4,7 @@ import os
 import shutil
 import socket
 import subprocess
+import tempfile
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -52,9 +53,10 @@ def missing() -> list[str]:
 class Slurm:
     """Context manager: the daemons run inside of it."""
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        self.environ = {"SLURM_CONF": str(folder / "slurm.conf")}
+    def __init__(self) -> None:
+        self._temp = tempfile.TemporaryDirectory(prefix="slurm", dir="/tmp")  # sockets want a short path
+        self.folder = Path(self._temp.name)
+        self.environ = {"SLURM_CONF": str(self.folder / "slurm.conf")}
         self._processes: list[subprocess.Popen[bytes]] = []
 
     def __enter__(self) -> "Slurm":
@@ -94,6 +96,7 @@ class Slurm:
             except subprocess.TimeoutExpired:
                 process.kill()
                 process.wait()
+        self._temp.cleanup()
 
     def call(self, program: str, *arguments: str, check: bool = True, **options: object) -> str:
         """The output of one of Slurm's commands."""

@@ -19,8 +19,8 @@ pytestmark = [pytest.mark.more, needs_slurm]
 
 
 @pytest.fixture(scope="module")
-def slurm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Slurm]:
-    with Slurm(tmp_path_factory.mktemp("slurm")) as running:
+def slurm() -> Iterator[Slurm]:
+    with Slurm() as running:
         yield running
 
 

@@ -25,7 +25,7 @@ def test_the_tasks_of_an_array_share_the_runs(tmp_path: Path) -> None:
         f"--output={tmp_path}/%a.log",
     )
     environment = f"--export=ALL,PYTHON={sys.executable},OMP_NUM_THREADS=1"
-    with Slurm(tmp_path / "slurm") as slurm:
+    with Slurm() as slurm:
         job = slurm.submit(ROOT, *sizes, environment, script, *arguments(folder, *TWO_RUNS, "study.slots=1"))
         for task in (1, 2):
             ended = slurm.wait_for(f"{job}_{task}", ("COMPLETED", "FAILED"))
