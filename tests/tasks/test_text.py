@@ -6,7 +6,8 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from sleeptrain.config import TextConfig
 from sleeptrain.schema import ConfigError
-from sleeptrain.tasks.text import Text, make_tokenizer
+from sleeptrain.tasks.text import Text
+from sleeptrain.tasks.tokenizer import make_tokenizer
 
 SPLITS = ("train", "validation", "test")
 END = 256
@@ -171,7 +172,7 @@ def test_a_tokenizer_may_have_a_token_that_ends_documents(folder, byte_level_fil
     scores = [t.score(e.targets, np.ones(e.ids.shape), e) for t in (plain, task) for e in [held_out(t)]]
     assert np.array_equal(*(s["bits_per_byte"] for s in scores))
     assert task.fingerprint()["tokenizer"] == f"{plain.fingerprint()['tokenizer']} <pad>"
-    assert make_tokenizer(task.config).decode([0, *b"", 0]) == b""
+    assert make_tokenizer(str(byte_level_file), "<pad>").decode([0, *b"", 0]) == b""
     with pytest.raises(
         ConfigError, match=r"task.end_token='<eos>' is no token of .*tokenizer.json; give one"
     ):
