@@ -84,8 +84,7 @@ class ModelConfig:
     rotary_fraction: float = setting(1.0, "share of an attention head that rotates, its first part; 0: none")
     norm_placement: Literal["pre", "sandwich", "mixed"] = setting(
         "pre",
-        "norms before mixer and MLP; or before and after both; or, mixed, after them in attention blocks and "
-        "before them in the others",
+        "norms before mixer and MLP; in attention blocks, sandwich: after them, too; mixed: after them alone",
     )
     zero_centred_norms: bool = setting(
         False, "norms multiply by 1 + weight, and weights start at 0; but not those of fast weights"
@@ -129,10 +128,14 @@ class ModelConfig:
         return self.memory_mlp or not spec.is_fast_weight
 
     def norms(self, spec: BlockSpec) -> tuple[bool, bool]:
-        """Whether a block has norms before, and after, its mixer and its MLP."""
-        if self.norm_placement == "mixed":
-            return spec.is_fast_weight, not spec.is_fast_weight
-        return True, self.norm_placement == "sandwich"
+        """Whether a block has norms before, and after, its mixer and its MLP.
+
+        None after fast weights: they are normed by head, and a norm would blow up what a new block, whose
+        output starts at zero, gives after its first steps.
+        """
+        if spec.is_fast_weight:
+            return True, False
+        return self.norm_placement != "mixed", self.norm_placement != "pre"
 
     @property
     def mlp_hidden(self) -> int:

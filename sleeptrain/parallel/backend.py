@@ -122,10 +122,13 @@ class LocalBackend:
 
     @torch.no_grad()
     def start_from(self, weights: "InitialWeights") -> None:
-        """Takes over weights that another run made; what it does not hold keeps its initial values."""
+        """Takes over weights that another run made; what it does not hold keeps its initial values, and new
+        blocks add nothing."""
         for name, parameter in self.model.named_parameters():
             if weights.holds(name):
                 parameter.copy_(weights.read(name))
+            elif weights.is_zero(name):
+                parameter.zero_()
 
     @torch.no_grad()
     def load_model(self, checkpoint: "Checkpoint") -> None:

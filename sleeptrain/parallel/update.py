@@ -87,10 +87,12 @@ class ShardedUpdate:
         self.shards.refresh(self.num_updates)
 
     def start_from(self, weights: InitialWeights) -> None:
-        """Takes over weights alone, as far as they are held there."""
+        """Takes over weights alone, as far as they are held there; new blocks add nothing."""
         for f in self.shards.fragments:
             if weights.holds(f.held.name):
                 f.weight.copy_(weights.read(f.held.name, f.held.box, f.start, f.start + len(f.weight)))
+            elif weights.is_zero(f.held.name):
+                f.weight.zero_()
         self.shards.refresh(0)
 
     def moments(self, fragment: int) -> dict[str, Tensor]:
