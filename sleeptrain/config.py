@@ -648,6 +648,11 @@ class OptimConfig:
     adamw_beta1: float = setting(0.9, "AdamW's decay of the first moment")
     adamw_beta2: float = setting(0.95, "AdamW's decay of the second moment")
     weight_decay: float = setting(1e-4, "decoupled decay of both; none on norms, A_log and dt_bias")
+    frozen: tuple[str, ...] = setting(
+        (),
+        "patterns of weights that stay as they are, the last that fits decides; !PATTERN trains: "
+        "['*','!stack.blocks.4.*'] trains one block",
+    )
     warmup_steps: int = setting(50, "steps over which the learning rate rises from 0")
     decay_fraction: float = setting(0.3, "last part of the run over which it falls linearly to 0")
     clip_norm: float = setting(1.0, "largest global gradient norm; 0: no clipping")

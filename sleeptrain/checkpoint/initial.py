@@ -1,8 +1,8 @@
 """The weights that a new run starts with, out of a checkpoint of another one (``run.init_from``).
 
 Weights alone: no optimizer state, no step. Blocks that are new here (``run.init_new``) keep their own initial
-values, but for the projections that end their mixer and MLP: these start at zero, so that the new model computes
-what the old one did. The other blocks are those of the checkpoint in their order.
+values, but for the projections that end their mixer and MLP: these start at zero, so that the new model
+computes what the old one did. The other blocks are those of the checkpoint in their order.
 """
 
 import fnmatch

@@ -25,12 +25,13 @@ def takes_decay(name: str) -> bool:
 
 
 class MuonAdamW:
-    """Both optimizers over the named parameters of a model; learning rates are peak rates times a factor."""
+    """Both optimizers over the named parameters of a model that take gradients; learning rates are peak rates
+    times a factor."""
 
     def __init__(self, model: nn.Module, config: OptimConfig) -> None:
         self.config = config
         self.names = {id(p): name for name, p in model.named_parameters()}
-        named = list(model.named_parameters())
+        named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
         rest = [(name, p) for name, p in named if not is_muon(name, p.shape)]
         self.muon = Muon(
             [{"params": [p for name, p in named if is_muon(name, p.shape)]}],  # type: ignore[list-item]

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from sleeptrain.config import Config, OptimConfig
 from sleeptrain.model.sleep import SleepModel
+from sleeptrain.optim.frozen import is_frozen
 from sleeptrain.optim.optimizer import ADAMW_STATE, is_muon, takes_decay
 from sleeptrain.parallel.cpu_compat import prepare_deepspeed
 from sleeptrain.parallel.layout import bucket_elements
@@ -62,21 +63,24 @@ class Shards(Protocol):
 
 
 class ElementwiseStep(torch.optim.AdamW):
-    """AdamW; for the weights of Muon, whose gradient is then its update, p <- (1 - lr wd) p - lr update."""
+    """AdamW; for the weights of Muon, whose gradient is then its update, p <- (1 - lr wd) p - lr update.
+    Frozen weights have a rate of 0: DeepSpeed's sharder wants all there are."""
 
     def __init__(self, held: list[Held], config: OptimConfig) -> None:
-        groups: dict[tuple[bool, bool], list[nn.Parameter]] = {}
+        groups: dict[tuple[bool, bool, bool], list[nn.Parameter]] = {}
         for h in held:
-            groups.setdefault((is_muon(h.name, h.shape), takes_decay(h.name)), []).append(h.parameter)
+            trained = not is_frozen(h.name, config.frozen)
+            key = (is_muon(h.name, h.shape), trained and takes_decay(h.name), trained)
+            groups.setdefault(key, []).append(h.parameter)
         super().__init__(
             [
                 {
                     "params": parameters,
                     "is_muon": of_muon,
-                    "peak_lr": config.muon_lr if of_muon else config.adamw_lr,
+                    "peak_lr": (config.muon_lr if of_muon else config.adamw_lr) if trained else 0.0,
                     "weight_decay": config.weight_decay if decays else 0.0,
                 }
-                for (of_muon, decays), parameters in sorted(groups.items(), key=lambda item: item[0])
+                for (of_muon, decays, trained), parameters in sorted(groups.items(), key=lambda item: item[0])
             ],
             lr=config.adamw_lr,
             betas=(config.adamw_beta1, config.adamw_beta2),
