@@ -731,6 +731,7 @@ class RunConfig:
         (),
         "patterns of weights that init_from lacks and that keep their own: [stack.blocks.4.*] is a new block",
     )
+    max_new_fraction: float = setting(1.0, "largest share of the model's weights that init_new may name")
     device: Literal["auto", "cpu", "cuda"] = setting("auto", "auto: cuda if there is one")
     precision: Literal["auto", "float32", "bfloat16"] = setting(
         "auto", "compute type over float32 weights; auto: float32 on cpu, bfloat16 on cuda"
@@ -749,6 +750,7 @@ class RunConfig:
 
     def __post_init__(self) -> None:
         _require_in("run", self, ("check_replicas_every_steps", "hang_timeout_seconds"), 0)
+        _require_in("run", self, ("max_new_fraction",), 0, 1)
         if self.init_new and not self.init_from:
             raise ConfigError(
                 f"run.init_new={list(self.init_new)} is for run.init_from, which is not given; without it "

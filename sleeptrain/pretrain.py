@@ -52,8 +52,10 @@ def main(arguments: list[str]) -> int:
             from sleeptrain.data.mixture import open_mixture
             from sleeptrain.engine.evaluation import check_difficulties
             from sleeptrain.engine.plan_report import plan_report
+            from sleeptrain.engine.retrofit import check_budget
 
             task = open_task(config.task)
+            check_budget(config, config.model.rounded_vocab(task.vocab_size))
             check_difficulties(task, config.eval.difficulties)
             print(plan_report(config, task, open_mixture(config, task)))
             return 0
