@@ -441,6 +441,9 @@ class GSMInfiniteConfig:
     tokenizer: str = setting(
         "bytes", "'bytes', 'words', or the path of a Hugging Face tokenizer.json or of its folder"
     )
+    end_token: str = setting(
+        "", "token of a tokenizer.json that ends an answer; empty: an id of its own, after all others"
+    )
     sequence_tokens: int = setting(2048, "T, tokens of an example, left-padded")
     target_tokens: int | None = setting(
         None, "distractors stretch a problem to so many tokens; null: sequence_tokens; 0: no distractors"
@@ -475,6 +478,11 @@ class GSMInfiniteConfig:
             raise ConfigError(
                 f"task.target_tokens={self.target_tokens} must lie in 0..{self.sequence_tokens} "
                 "(task.sequence_tokens)"
+            )
+        if self.end_token and self.tokenizer in ("bytes", "words"):
+            raise ConfigError(
+                f"task.end_token={self.end_token!r} is none of the {self.tokenizer}; leave it out, or give a "
+                "task.tokenizer"
             )
         if self.kind == "symbolic":
             self._check_variables()
