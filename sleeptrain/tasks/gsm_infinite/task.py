@@ -44,8 +44,8 @@ class GSMInfinite(Task):
     that it hangs on by a single path is not, and is asked for; the same operations, inverted along the path.
 
     Loss: on what is to be written after "Answer:" (with ``worked_solution`` after "Solution:") and on the end
-    marker (``end_token``, else an id after all others); each predicted from the token before. Difficulty: operations. Splits: the facts of
-    the solution with the question, whatever the distractors and the order.
+    marker (``end_token``, else an id after all others); each predicted from the token before. Difficulty:
+    operations. Splits: the facts of the solution with the question, whatever the distractors and the order.
 
     A problem of 4 operations (two constants, a sum and a product) without distractors, and what is to be
     written, as bytes; 256 is the end marker:
