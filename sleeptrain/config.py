@@ -661,6 +661,10 @@ class OptimConfig:
         "patterns of weights that stay as they are, the last that fits decides; !PATTERN trains: "
         "['*','!stack.blocks.4.*'] trains one block",
     )
+    scaled: tuple[str, ...] = setting(
+        (), "patterns, as those of frozen, of weights whose learning rates are multiplied by scaled_factor"
+    )
+    scaled_factor: float = setting(0.1, "what the learning rates of scaled weights are multiplied by")
     warmup_steps: int = setting(50, "steps over which the learning rate rises from 0")
     decay_fraction: float = setting(0.3, "last part of the run over which it falls linearly to 0")
     clip_norm: float = setting(1.0, "largest global gradient norm; 0: no clipping")
@@ -676,7 +680,7 @@ class OptimConfig:
     def __post_init__(self) -> None:
         _require_positive("optim", self, ("num_steps", "max_skipped_steps"))
         rates = ("muon_lr", "adamw_lr", "weight_decay", "warmup_steps", "clip_norm", "muon_steps")
-        _require_in("optim", self, (*rates, "spike_factor"), 0)
+        _require_in("optim", self, (*rates, "spike_factor", "scaled_factor"), 0)
         _require_in("optim", self, ("muon_momentum", "adamw_beta1", "adamw_beta2", "decay_fraction"), 0, 1)
 
 

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 from sleeptrain.config import Config
-from sleeptrain.optim.frozen import check_frozen, is_frozen
+from sleeptrain.optim.patterns import check_patterns, fits
 from sleeptrain.parallel.layout import logical_shapes
 from sleeptrain.schema import ConfigError
 
@@ -30,14 +30,14 @@ def budget(config: Config, vocab_size: int) -> Budget:
     return Budget(
         count(lambda name: True),
         count(lambda name: any(fnmatch.fnmatchcase(name, pattern) for pattern in config.run.init_new)),
-        count(lambda name: not is_frozen(name, frozen)),
+        count(lambda name: not fits(name, frozen)),
     )
 
 
 def check_budget(config: Config, vocab_size: int) -> None:
-    """Raises ConfigError where patterns of ``optim.frozen`` fit nothing or leave nothing, and where more is
-    new than ``run.max_new_fraction`` allows."""
-    check_frozen(logical_shapes(config, vocab_size).keys(), config.optim.frozen)
+    """Raises ConfigError where patterns of ``optim`` fit nothing or leave nothing, and where more is new than
+    ``run.max_new_fraction`` allows."""
+    check_patterns(logical_shapes(config, vocab_size).keys(), config.optim)
     found, most = budget(config, vocab_size), config.run.max_new_fraction
     if found.new > most * found.total:
         raise ConfigError(

@@ -13,8 +13,8 @@ from sleeptrain.config import Config, SleepConfig
 from sleeptrain.data.batch import Batch
 from sleeptrain.model.halting import Stop
 from sleeptrain.model.sleep import Output, PassTrace, SleepModel
-from sleeptrain.optim.frozen import is_frozen
 from sleeptrain.optim.optimizer import MuonAdamW
+from sleeptrain.optim.patterns import fits
 from sleeptrain.parallel.carried import Carried
 from sleeptrain.schema import ConfigError
 
@@ -61,7 +61,7 @@ class LocalBackend:
         self.config, self.device = config, choose_device(config.run.device)
         self.model = SleepModel(config.model, config.sleep, vocab_size, config.run.seed).to(self.device)
         for name, parameter in self.model.named_parameters():
-            parameter.requires_grad_(not is_frozen(name, config.optim.frozen))
+            parameter.requires_grad_(not fits(name, config.optim.frozen))
         self.optimizer = MuonAdamW(self.model, config.optim)
         self.carried = Carried(self.model, config.data.batch_sequences)
 

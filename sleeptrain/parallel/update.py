@@ -14,9 +14,9 @@ from sleeptrain.checkpoint.initial import InitialWeights
 from sleeptrain.checkpoint.reader import Checkpoint
 from sleeptrain.checkpoint.slices import Slice, whole
 from sleeptrain.config import OptimConfig
-from sleeptrain.optim.frozen import is_frozen
 from sleeptrain.optim.muon import orthogonalise, update_scale
 from sleeptrain.optim.optimizer import ADAMW_STATE, is_muon
+from sleeptrain.optim.patterns import fits
 from sleeptrain.parallel.backend import UpdateResult
 from sleeptrain.parallel.layout import muon_batch
 from sleeptrain.parallel.stage import Held, part_of
@@ -36,11 +36,11 @@ class ShardedUpdate:
         self.num_updates = 0
         counted = [float(self.is_counted(f.held)) for f in shards.fragments]
         self.counted = torch.tensor(counted, dtype=torch.float64, device=topology.device)
-        trained = [h for h in held if not is_frozen(h.name, config.frozen)]
+        trained = [h for h in held if not fits(h.name, config.frozen)]
         self.groups = _by_shape([h for h in trained if is_muon(h.name, h.shape)])
         self.frozen, self.momenta = set[int](), dict[int, Tensor]()
         for i, f in enumerate(shards.fragments):
-            if is_frozen(f.held.name, config.frozen):
+            if fits(f.held.name, config.frozen):
                 self.frozen.add(i)
             elif is_muon(f.held.name, f.held.shape):
                 self.momenta[i] = torch.zeros_like(f.weight)

@@ -1,5 +1,5 @@
-"""Frozen weights on tensor, pipeline and data parallel ranks: they stay, the others learn what they learn in
-one process, and a checkpoint holds the same moments."""
+"""Frozen and scaled weights on tensor, pipeline and data parallel ranks: frozen ones stay, the others learn
+what they learn in one process, and a checkpoint holds the same moments."""
 
 from typing import Any
 
@@ -10,7 +10,7 @@ from runs import Piece, assembled, local_backend, num_ranks, own_rows, rank_back
 from small import batch_of, config_of
 
 from sleeptrain.config import Config
-from sleeptrain.optim.frozen import is_frozen
+from sleeptrain.optim.patterns import fits
 
 pytestmark = pytest.mark.more
 NUM_STEPS, NUM_PASSES = 3, 2
@@ -32,9 +32,9 @@ def train(config: Config) -> tuple[list[float], list[Piece], set[str]]:
     [
         {"tensor": 2, "frozen": ONE_BLOCK},
         {"pipeline": 2, "frozen": ONE_BLOCK},
-        {"data": 2, "zero_stage": 0, "frozen": ONE_BLOCK},
+        {"data": 2, "zero_stage": 0, "frozen": ("embed.*",), "scaled": ONE_BLOCK},
         {"data": 2, "zero_stage": 2, "frozen": ("stack.blocks.*.mlp.*", "embed.*", "*norm*")},
-        {"data": 2, "zero_stage": 3, "frozen": ONE_BLOCK},
+        {"data": 2, "zero_stage": 3, "frozen": ONE_BLOCK, "scaled": ("*.mlp.*",)},
         {"data": 2, "zero_stage": 1, "offload_optimizer": True, "frozen": ("stack.*",)},
     ],
     ids=["tp2", "pp2", "dp2", "zero2", "zero3", "offload"],
@@ -52,7 +52,7 @@ def test_ranks_freeze_what_one_process_freezes(settings: dict[str, Any]) -> None
     found = assembled([piece for _, pieces, _ in ranks for piece in pieces])
     assert found.keys() == expected.keys()
     for name, values in found.items():
-        if is_frozen(name, config.optim.frozen):
+        if fits(name, config.optim.frozen):
             assert torch.equal(values, before[name]), name
         else:
             torch.testing.assert_close(values, expected[name], rtol=1e-4, atol=1e-5, msg=name)

@@ -1,5 +1,5 @@
-"""A retrofit by the command line: an Ouro-like folder is imported and gets Jet blocks, these are trained alone,
-then everything, and what comes out is evaluated by operations and N."""
+"""A retrofit by the command line: an Ouro-like folder is imported and gets Jet blocks; these are trained
+alone, then everything; what comes out is evaluated by operations and N."""
 
 import shutil
 from pathlib import Path
@@ -25,7 +25,7 @@ SMALL = [
         "model.rope_theta=500",
         "model.vocab_multiple=62",
     ),
-    *("model.pattern=attn attn jet", "model.pattern_repeats=2", "run.max_new_fraction=0.5"),
+    *("model.pattern=attn attn jet", "model.pattern_repeats=2", "run.max_new_fraction=0.6"),
     *("data.batch_sequences=4", "optim.warmup_steps=0", "eval.num_examples=4", "run.device=cpu"),
 ]
 

@@ -1,11 +1,12 @@
-"""Frozen weights: which they are, and that nothing moves them or is kept for them."""
+"""Weights by patterns of their names: frozen ones, which nothing moves and for which nothing is kept, and
+those with other rates."""
 
 import pytest
 import torch
 from small import VOCAB, batch_of, config_of
 
-from sleeptrain.config import Config
-from sleeptrain.optim.frozen import check_frozen, is_frozen
+from sleeptrain.config import Config, OptimConfig
+from sleeptrain.optim.patterns import check_patterns, fits, rate_factor
 from sleeptrain.parallel.backend import LocalBackend
 from sleeptrain.schema import ConfigError
 
@@ -25,7 +26,7 @@ NAMES = ("embed.weight", "stack.blocks.0.mlp.up_proj.weight", "stack.blocks.1.mi
     ],
 )
 def test_the_last_pattern_that_fits_decides(patterns: tuple[str, ...], frozen: list[str]) -> None:
-    assert [name for name in NAMES if is_frozen(name, patterns)] == frozen
+    assert [name for name in NAMES if fits(name, patterns)] == frozen
 
 
 @pytest.mark.parametrize(
@@ -40,8 +41,8 @@ def test_patterns_without_effect_and_nothing_to_train_are_refused(
     patterns: tuple[str, ...], reason: str
 ) -> None:
     with pytest.raises(ConfigError, match=reason):
-        check_frozen(NAMES, patterns)
-    check_frozen(NAMES, ONE_BLOCK)
+        check_patterns(NAMES, OptimConfig(frozen=patterns))
+    check_patterns(NAMES, OptimConfig(frozen=ONE_BLOCK))
 
 
 def trained(config: Config, num_steps: int = 2) -> tuple[LocalBackend, set[str]]:
@@ -61,7 +62,7 @@ def test_frozen_weights_stay_and_have_no_gradient_and_no_moments(patterns: tuple
     config = config_of(frozen=patterns)
     backend, moved = trained(config)
     names = {name for name, _ in backend.model.named_parameters()}
-    assert moved == {name for name in names if not is_frozen(name, patterns)}
+    assert moved == {name for name in names if not fits(name, patterns)}
     backend.forward_backward(batch_of(), num_passes=2)
     assert {n for n, p in backend.model.named_parameters() if p.grad is not None} == moved
     slices = backend.slices()
@@ -79,3 +80,20 @@ def test_others_learn_as_if_the_frozen_ones_were_none_of_the_optimizers_business
     same = {name for name in free if torch.equal(free[name], part[name])}
     assert same >= {name for name in free if name.startswith("stack.blocks.1.")}
     assert "embed.weight" not in same
+
+
+def test_scaled_weights_move_by_their_factor_and_frozen_ones_are_not_scaled() -> None:
+    """The first step of AdamW and of Muon is in proportion to the rate, and here there is no decay."""
+    plain, scaled = (
+        config_of(weight_decay=0.0, **more)
+        for more in ({}, {"scaled": ("*", "!stack.blocks.1.*"), "scaled_factor": 0.25, "frozen": ("head.*",)})
+    )
+    start = dict(LocalBackend(plain, VOCAB).model.named_parameters())
+    whole, part = (dict(trained(config, 1)[0].model.named_parameters()) for config in (plain, scaled))
+    for name, before in start.items():
+        factor = 0.0 if name.startswith("head.") else 1.0 if name.startswith("stack.blocks.1.") else 0.25
+        assert rate_factor(name, scaled.optim) == factor
+        moves = (whole[name] - before, part[name] - before)
+        torch.testing.assert_close(moves[1], factor * moves[0], rtol=1e-3, atol=1e-6, msg=name)
+    with pytest.raises(ConfigError, match=r"optim.scaled='nothing' names no weight of this model"):
+        check_patterns(NAMES, OptimConfig(scaled=("nothing",)))
