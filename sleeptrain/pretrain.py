@@ -18,7 +18,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from sleeptrain.cluster.launch import EXIT_FAILED, launch
-from sleeptrain.config import Config, Rule110Config, TaskConfig
+from sleeptrain.config import Config, GSMInfiniteConfig, Rule110Config, TaskConfig, TextConfig
 from sleeptrain.engine.resilience import EXIT_CONFIG
 from sleeptrain.schema import ConfigError, RunError, describe, flatten, from_dict, to_dict, unknown
 
@@ -75,11 +75,12 @@ def with_tokenizer_or_bytes(config: Config) -> Config:
     """For a plan: a tokenizer that is not here yet makes no difference where the model says how many rows its
     vocabulary has."""
     task, rows = config.task, config.model.vocab_multiple
-    name = getattr(task, "tokenizer", "bytes")
-    if name in ("bytes", "words") or Path(name).exists() or rows <= 256:
+    if not isinstance(task, (TextConfig, GSMInfiniteConfig)) or task.tokenizer in ("bytes", "words"):
         return config
-    print(f"{name} is not here yet: planned with bytes as tokens, and a vocabulary of {rows}\n")
-    return replace(config, task=replace(task, tokenizer="bytes", end_token=""))  # type: ignore[call-arg]
+    if Path(task.tokenizer).exists() or rows <= 256:
+        return config
+    print(f"{task.tokenizer} is not here yet: planned with bytes as tokens, and a vocabulary of {rows}\n")
+    return replace(config, task=replace(task, tokenizer="bytes", end_token=""))
 
 
 def compose_config(arguments: list[str]) -> Config:
