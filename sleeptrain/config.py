@@ -84,8 +84,7 @@ class ModelConfig:
     rotary_fraction: float = setting(1.0, "share of an attention head that rotates, its first part; 0: none")
     norm_placement: Literal["pre", "sandwich", "mixed"] = setting(
         "pre",
-        "norms before mixer and MLP; or before and after both; or, mixed, after them in attention blocks and "
-        "before them in the others",
+        "norms before mixer and MLP; in attention blocks, sandwich: after them, too; mixed: after them alone",
     )
     zero_centred_norms: bool = setting(
         False, "norms multiply by 1 + weight, and weights start at 0; but not those of fast weights"
@@ -129,10 +128,14 @@ class ModelConfig:
         return self.memory_mlp or not spec.is_fast_weight
 
     def norms(self, spec: BlockSpec) -> tuple[bool, bool]:
-        """Whether a block has norms before, and after, its mixer and its MLP."""
-        if self.norm_placement == "mixed":
-            return spec.is_fast_weight, not spec.is_fast_weight
-        return True, self.norm_placement == "sandwich"
+        """Whether a block has norms before, and after, its mixer and its MLP.
+
+        None after fast weights: they are normed by head, and a norm would blow up what a new block, whose
+        output starts at zero, gives after its first steps.
+        """
+        if spec.is_fast_weight:
+            return True, False
+        return self.norm_placement != "mixed", self.norm_placement != "pre"
 
     @property
     def mlp_hidden(self) -> int:
@@ -438,6 +441,9 @@ class GSMInfiniteConfig:
     tokenizer: str = setting(
         "bytes", "'bytes', 'words', or the path of a Hugging Face tokenizer.json or of its folder"
     )
+    end_token: str = setting(
+        "", "token of a tokenizer.json that ends an answer; empty: an id of its own, after all others"
+    )
     sequence_tokens: int = setting(2048, "T, tokens of an example, left-padded")
     target_tokens: int | None = setting(
         None, "distractors stretch a problem to so many tokens; null: sequence_tokens; 0: no distractors"
@@ -472,6 +478,11 @@ class GSMInfiniteConfig:
             raise ConfigError(
                 f"task.target_tokens={self.target_tokens} must lie in 0..{self.sequence_tokens} "
                 "(task.sequence_tokens)"
+            )
+        if self.end_token and self.tokenizer in ("bytes", "words"):
+            raise ConfigError(
+                f"task.end_token={self.end_token!r} is none of the {self.tokenizer}; leave it out, or give a "
+                "task.tokenizer"
             )
         if self.kind == "symbolic":
             self._check_variables()
@@ -645,6 +656,15 @@ class OptimConfig:
     adamw_beta1: float = setting(0.9, "AdamW's decay of the first moment")
     adamw_beta2: float = setting(0.95, "AdamW's decay of the second moment")
     weight_decay: float = setting(1e-4, "decoupled decay of both; none on norms, A_log and dt_bias")
+    frozen: tuple[str, ...] = setting(
+        (),
+        "patterns of weights that stay as they are, the last that fits decides; !PATTERN trains: "
+        "['*','!stack.blocks.4.*'] trains one block",
+    )
+    scaled: tuple[str, ...] = setting(
+        (), "patterns, as those of frozen, of weights whose learning rates are multiplied by scaled_factor"
+    )
+    scaled_factor: float = setting(0.1, "what the learning rates of scaled weights are multiplied by")
     warmup_steps: int = setting(50, "steps over which the learning rate rises from 0")
     decay_fraction: float = setting(0.3, "last part of the run over which it falls linearly to 0")
     clip_norm: float = setting(1.0, "largest global gradient norm; 0: no clipping")
@@ -660,7 +680,7 @@ class OptimConfig:
     def __post_init__(self) -> None:
         _require_positive("optim", self, ("num_steps", "max_skipped_steps"))
         rates = ("muon_lr", "adamw_lr", "weight_decay", "warmup_steps", "clip_norm", "muon_steps")
-        _require_in("optim", self, (*rates, "spike_factor"), 0)
+        _require_in("optim", self, (*rates, "spike_factor", "scaled_factor"), 0)
         _require_in("optim", self, ("muon_momentum", "adamw_beta1", "adamw_beta2", "decay_fraction"), 0, 1)
 
 
@@ -723,6 +743,7 @@ class RunConfig:
         (),
         "patterns of weights that init_from lacks and that keep their own: [stack.blocks.4.*] is a new block",
     )
+    max_new_fraction: float = setting(1.0, "largest share of the model's weights that init_new may name")
     device: Literal["auto", "cpu", "cuda"] = setting("auto", "auto: cuda if there is one")
     precision: Literal["auto", "float32", "bfloat16"] = setting(
         "auto", "compute type over float32 weights; auto: float32 on cpu, bfloat16 on cuda"
@@ -741,6 +762,7 @@ class RunConfig:
 
     def __post_init__(self) -> None:
         _require_in("run", self, ("check_replicas_every_steps", "hang_timeout_seconds"), 0)
+        _require_in("run", self, ("max_new_fraction",), 0, 1)
         if self.init_new and not self.init_from:
             raise ConfigError(
                 f"run.init_new={list(self.init_new)} is for run.init_from, which is not given; without it "

@@ -7,7 +7,7 @@ run.
 
 import sys
 import textwrap
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any, get_args
 
@@ -18,7 +18,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from sleeptrain.cluster.launch import EXIT_FAILED, launch
-from sleeptrain.config import Config, Rule110Config, TaskConfig
+from sleeptrain.config import Config, GSMInfiniteConfig, Rule110Config, TaskConfig, TextConfig
 from sleeptrain.engine.resilience import EXIT_CONFIG
 from sleeptrain.schema import ConfigError, RunError, describe, flatten, from_dict, to_dict, unknown
 
@@ -52,8 +52,11 @@ def main(arguments: list[str]) -> int:
             from sleeptrain.data.mixture import open_mixture
             from sleeptrain.engine.evaluation import check_difficulties
             from sleeptrain.engine.plan_report import plan_report
+            from sleeptrain.engine.retrofit import check_budget
 
+            config = with_tokenizer_or_bytes(config)
             task = open_task(config.task)
+            check_budget(config, config.model.rounded_vocab(task.vocab_size))
             check_difficulties(task, config.eval.difficulties)
             print(plan_report(config, task, open_mixture(config, task)))
             return 0
@@ -66,6 +69,18 @@ def main(arguments: list[str]) -> int:
         print(f"error: {error}", file=sys.stderr)
         return EXIT_FAILED
     return launch(config, OmegaConf.to_yaml(OmegaConf.create(to_dict(config))), arguments)
+
+
+def with_tokenizer_or_bytes(config: Config) -> Config:
+    """For a plan: a tokenizer that is not here yet makes no difference where the model says how many rows its
+    vocabulary has."""
+    task, rows = config.task, config.model.vocab_multiple
+    if not isinstance(task, (TextConfig, GSMInfiniteConfig)) or task.tokenizer in ("bytes", "words"):
+        return config
+    if Path(task.tokenizer).exists() or rows <= 256:
+        return config
+    print(f"{task.tokenizer} is not here yet: planned with bytes as tokens, and a vocabulary of {rows}\n")
+    return replace(config, task=replace(task, tokenizer="bytes", end_token=""))
 
 
 def compose_config(arguments: list[str]) -> Config:

@@ -8,9 +8,11 @@ import yaml
 from sleeptrain.config import DepoConfig, GSMInfiniteConfig, RecallConfig, Rule110Config, TextConfig
 from sleeptrain.data.stream import TrainStream
 from sleeptrain.parallel.backend import LocalBackend
-from sleeptrain.pretrain import CONFIGS, compose_config
+from sleeptrain.pretrain import CONFIGS, compose_config, main
 from sleeptrain.schema import to_dict
 from sleeptrain.tasks import make_task
+
+H200_GB = 149  # 139 GiB
 
 
 def names(group: str) -> list[str]:
@@ -23,6 +25,27 @@ def test_an_experiment_composes_under_its_own_name(experiment: str) -> None:
     assert config.run.id == experiment
     assert Path(config.run.dir) == Path("runs") / experiment
     assert compose_config([f"experiment={experiment}", "run.id=mine"]).run.dir == "runs/mine"
+
+
+@pytest.mark.more
+@pytest.mark.parametrize("gpus", [1, 8])
+@pytest.mark.parametrize(
+    "experiment", ["ouro_gsm", "ouro_sliding_stage1", "ouro_sliding", "jet_nemotron_gsm"]
+)
+def test_a_dry_run_of_the_papers_retrofits_fits_an_h200_without_their_weights(
+    experiment: str, gpus: int, tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)  # no imported model there
+    degrees = ["parallel.backend=megatron_deepspeed", f"parallel.data_size={gpus}"]
+    assert main([f"experiment={experiment}", "dry_run=true", *degrees]) == 0
+    text = capsys.readouterr().out
+    assert "is not here yet: planned with bytes" in text
+    assert f"x data {gpus}" in text
+    needs = text.split("fullest moment")[1].splitlines()[2].split()
+    assert needs[0] == "0"  # the only stage
+    assert needs[-1] == "G"
+    assert 20 < float(needs[-2]) < 0.9 * H200_GB
+    assert ("are new" in text) == (experiment in ("ouro_gsm", "ouro_sliding_stage1"))
 
 
 @pytest.mark.parametrize("baseline", names("baseline"))

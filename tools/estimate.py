@@ -44,7 +44,7 @@ from sleeptrain.parallel.layout import (
     rank_bytes,
     visits_of_stage,
 )
-from sleeptrain.pretrain import compose_config
+from sleeptrain.pretrain import compose_config, with_tokenizer_or_bytes
 from sleeptrain.schema import ConfigError
 from sleeptrain.tasks import make_task
 
@@ -84,7 +84,7 @@ def main(arguments: list[str]) -> int:
         return 0
     try:
         gpus, gpu_gib, settings = own_arguments(arguments)
-        config = compose_config(settings)
+        config = with_tokenizer_or_bytes(compose_config(settings))
         run = describe(config)
         room = int(USABLE * gpu_gib * 2**30)
         fits = True

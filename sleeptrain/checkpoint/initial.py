@@ -1,7 +1,8 @@
 """The weights that a new run starts with, out of a checkpoint of another one (``run.init_from``).
 
 Weights alone: no optimizer state, no step. Blocks that are new here (``run.init_new``) keep their own initial
-values, and the other blocks are those of the checkpoint in their order.
+values, but for the projections that end their mixer and MLP: these start at zero, so that the new model
+computes what the old one did. The other blocks are those of the checkpoint in their order.
 """
 
 import fnmatch
@@ -14,6 +15,7 @@ from torch import Tensor
 from sleeptrain.checkpoint.reader import Checkpoint
 from sleeptrain.checkpoint.slices import Box
 from sleeptrain.config import ModelConfig
+from sleeptrain.model.init import ends_branch
 from sleeptrain.schema import ConfigError, from_dict
 
 _BLOCK = re.compile(r"(stack\.blocks\.|initial_memory\.)(\d+)")
@@ -53,6 +55,10 @@ class InitialWeights:
     def holds(self, name: str) -> bool:
         """Whether the weight comes from the checkpoint."""
         return name in self.names
+
+    def is_zero(self, name: str) -> bool:
+        """Whether the weight is new and ends a mixer or an MLP, which add nothing at first."""
+        return name not in self.names and ends_branch(name)
 
     def read(self, name: str, box: Box | None = None, start: int = 0, stop: int | None = None) -> Tensor:
         """As ``Checkpoint.read``, by the name that the weight has here."""

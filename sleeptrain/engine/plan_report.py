@@ -8,6 +8,7 @@ from itertools import groupby
 from sleeptrain.config import Config
 from sleeptrain.data.mixture import Mixture
 from sleeptrain.data.stream import TrainStream
+from sleeptrain.engine.retrofit import budget_lines
 from sleeptrain.model import flops
 from sleeptrain.model.visits import Visit, Window, cut, plan, segments_of
 from sleeptrain.optim.schedule import num_passes_at
@@ -133,6 +134,7 @@ def _parameters(config: Config, vocab_size: int) -> list[str]:
     return [
         f"model: width {config.model.d_model}, blocks {ranges}, vocabulary {vocab_size}",
         *_table([["part", "parameters"], *rows, ["total", human(sum(parts))]]),
+        *(f"  {line}" for line in budget_lines(config, vocab_size)),
     ]
 
 

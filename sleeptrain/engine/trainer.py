@@ -25,13 +25,7 @@ from sleeptrain.engine.garbage import collected_between_steps
 from sleeptrain.engine.guard import SkipGuard
 from sleeptrain.engine.interval import Interval, WorkOfSteps
 from sleeptrain.engine.logs import rank_log
-from sleeptrain.engine.metrics import (
-    FILE_NAME,
-    MetricsWriter,
-    NoMetrics,
-    peak_memory_gib,
-    read_metrics,
-)
+from sleeptrain.engine.metrics import FILE_NAME, MetricsWriter, NoMetrics, peak_memory_gib, read_metrics
 from sleeptrain.engine.mirror import check_wandb
 from sleeptrain.engine.progress import Progress
 from sleeptrain.engine.rerun import ReplicasDifferError, Reruns
@@ -47,6 +41,7 @@ from sleeptrain.engine.resume import (
     require_same_run,
     versions,
 )
+from sleeptrain.engine.retrofit import budget_lines, check_budget
 from sleeptrain.engine.secrets import refuse_secrets
 from sleeptrain.engine.watchdog import Watchdog
 from sleeptrain.model.flops import peak_flops
@@ -68,6 +63,7 @@ def train(config: Config, frozen_config: str) -> int:
     refuse_drift(folder / "checkpoints", config)
     task = open_task(config.task)
     vocab_size = config.model.rounded_vocab(task.vocab_size)
+    check_budget(config, vocab_size)
     check_initial_weights(folder / "checkpoints", config, vocab_size)
     check_difficulties(task, config.eval.difficulties)
     mixture, bucket = open_mixture(config, task), open_bucket(config)
@@ -159,6 +155,8 @@ class Trainer:
         writes = self.place.rank == 0
         metrics = MetricsWriter(self.folder, config, progress.line) if writes else NoMetrics()
         progress.line(f"run {config.run.id}: step {self.step} of {num_steps} in {self.folder}")
+        for line in budget_lines(config, self.vocab_size):
+            progress.line(line)
         if any(block.is_fast_weight for block in config.model.blocks):
             progress.line("fast weights by the {} backend: {}".format(*memory_backend(config)))
         try:

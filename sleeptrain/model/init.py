@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from sleeptrain.config import ModelConfig
 
 HALTING_BIAS = -2.0
+_ENDS_OF_BRANCHES = ("mixer.o_proj.weight", "mlp.down_proj.weight")
 
 
 def initialise(model: nn.Module, config: ModelConfig, seed: int) -> None:
@@ -25,6 +26,12 @@ def initialise(model: nn.Module, config: ModelConfig, seed: int) -> None:
         for name, parameter in model.named_parameters():
             if not parameter.is_meta:
                 parameter.copy_(draw(name, parameter.shape, config, seed))
+
+
+def ends_branch(name: str) -> bool:
+    """Whether the weight gives what a mixer or an MLP adds to the residual stream: at zero, they add
+    nothing."""
+    return name.endswith(_ENDS_OF_BRANCHES)
 
 
 def draw(name: str, shape: torch.Size, config: ModelConfig, seed: int) -> Tensor:

@@ -5,11 +5,14 @@ dt_bias, depthwise convolutions. Norms, A_log, dt_bias, learned initial fast wei
 halting take no weight decay.
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
 from sleeptrain.config import OptimConfig
 from sleeptrain.optim.muon import Muon
+from sleeptrain.optim.patterns import rate_factor
 
 ADAMW_STATE = ("exp_avg", "exp_avg_sq")
 
@@ -25,15 +28,17 @@ def takes_decay(name: str) -> bool:
 
 
 class MuonAdamW:
-    """Both optimizers over the named parameters of a model; learning rates are peak rates times a factor."""
+    """Both optimizers over the named parameters of a model that take gradients; learning rates are peak rates
+    times a factor."""
 
     def __init__(self, model: nn.Module, config: OptimConfig) -> None:
         self.config = config
         self.names = {id(p): name for name, p in model.named_parameters()}
-        named = list(model.named_parameters())
+        named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+        matrices = [(name, p) for name, p in named if is_muon(name, p.shape)]
         rest = [(name, p) for name, p in named if not is_muon(name, p.shape)]
         self.muon = Muon(
-            [{"params": [p for name, p in named if is_muon(name, p.shape)]}],  # type: ignore[list-item]
+            self._groups(matrices, config.weight_decay),  # type: ignore[arg-type]
             lr=config.muon_lr,
             momentum=config.muon_momentum,
             num_steps=config.muon_steps,
@@ -41,21 +46,29 @@ class MuonAdamW:
             weight_decay=config.weight_decay,
         )
         self.adamw = torch.optim.AdamW(
-            [
-                {"params": [p for name, p in rest if takes_decay(name)], "weight_decay": config.weight_decay},
-                {"params": [p for name, p in rest if not takes_decay(name)], "weight_decay": 0.0},
-            ],
+            self._groups([(name, p) for name, p in rest if takes_decay(name)], config.weight_decay)
+            + self._groups([(name, p) for name, p in rest if not takes_decay(name)], 0.0),
             lr=config.adamw_lr,
             betas=(config.adamw_beta1, config.adamw_beta2),
             fused=True,
         )
         self.num_updates = 0
 
+    def _groups(self, named: list[tuple[str, nn.Parameter]], weight_decay: float) -> list[dict[str, Any]]:
+        """One for each factor on the learning rate; that of 1 may be empty."""
+        by_factor: dict[float, list[nn.Parameter]] = {1.0: []}
+        for name, parameter in named:
+            by_factor.setdefault(rate_factor(name, self.config), []).append(parameter)
+        return [
+            {"params": parameters, "weight_decay": weight_decay, "rate_factor": factor}
+            for factor, parameters in sorted(by_factor.items())
+        ]
+
     def step(self, lr_factor: float) -> None:
         """One update from the gradients in place."""
         for optimizer, peak in ((self.muon, self.config.muon_lr), (self.adamw, self.config.adamw_lr)):
             for group in optimizer.param_groups:
-                group["lr"] = peak * lr_factor
+                group["lr"] = peak * group["rate_factor"] * lr_factor
             optimizer.step()
         self.num_updates += 1
 

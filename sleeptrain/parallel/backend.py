@@ -14,6 +14,7 @@ from sleeptrain.data.batch import Batch
 from sleeptrain.model.halting import Stop
 from sleeptrain.model.sleep import Output, PassTrace, SleepModel
 from sleeptrain.optim.optimizer import MuonAdamW
+from sleeptrain.optim.patterns import fits
 from sleeptrain.parallel.carried import Carried
 from sleeptrain.schema import ConfigError
 
@@ -59,6 +60,8 @@ class LocalBackend:
     def __init__(self, config: Config, vocab_size: int) -> None:
         self.config, self.device = config, choose_device(config.run.device)
         self.model = SleepModel(config.model, config.sleep, vocab_size, config.run.seed).to(self.device)
+        for name, parameter in self.model.named_parameters():
+            parameter.requires_grad_(not fits(name, config.optim.frozen))
         self.optimizer = MuonAdamW(self.model, config.optim)
         self.carried = Carried(self.model, config.data.batch_sequences)
 
@@ -122,10 +125,13 @@ class LocalBackend:
 
     @torch.no_grad()
     def start_from(self, weights: "InitialWeights") -> None:
-        """Takes over weights that another run made; what it does not hold keeps its initial values."""
+        """Takes over weights that another run made; what it does not hold keeps its initial values, and new
+        blocks add nothing."""
         for name, parameter in self.model.named_parameters():
             if weights.holds(name):
                 parameter.copy_(weights.read(name))
+            elif weights.is_zero(name):
+                parameter.zero_()
 
     @torch.no_grad()
     def load_model(self, checkpoint: "Checkpoint") -> None:

@@ -16,6 +16,7 @@ from sleeptrain.checkpoint.slices import Slice, whole
 from sleeptrain.config import OptimConfig
 from sleeptrain.optim.muon import orthogonalise, update_scale
 from sleeptrain.optim.optimizer import ADAMW_STATE, is_muon
+from sleeptrain.optim.patterns import fits
 from sleeptrain.parallel.backend import UpdateResult
 from sleeptrain.parallel.layout import muon_batch
 from sleeptrain.parallel.stage import Held, part_of
@@ -24,7 +25,10 @@ from sleeptrain.parallel.zero import Fragment, Replicated, Shards
 
 
 class ShardedUpdate:
-    """MuonAdamW over the fragments of all replicas; holds Muon's momentum of those here."""
+    """MuonAdamW over the fragments of all replicas; holds Muon's momentum of those here.
+
+    Of frozen weights the gradients are set to zero, and no moments are kept or saved.
+    """
 
     def __init__(self, shards: Shards, held: list[Held], config: OptimConfig, topology: Topology) -> None:
         self.shards, self.config, self.topology = shards, config, topology
@@ -32,12 +36,14 @@ class ShardedUpdate:
         self.num_updates = 0
         counted = [float(self.is_counted(f.held)) for f in shards.fragments]
         self.counted = torch.tensor(counted, dtype=torch.float64, device=topology.device)
-        self.groups = _by_shape([h for h in held if is_muon(h.name, h.shape)])
-        self.momenta = {
-            i: torch.zeros_like(f.weight)
-            for i, f in enumerate(shards.fragments)
-            if is_muon(f.held.name, f.held.shape)
-        }
+        trained = [h for h in held if not fits(h.name, config.frozen)]
+        self.groups = _by_shape([h for h in trained if is_muon(h.name, h.shape)])
+        self.frozen, self.momenta = set[int](), dict[int, Tensor]()
+        for i, f in enumerate(shards.fragments):
+            if fits(f.held.name, config.frozen):
+                self.frozen.add(i)
+            elif is_muon(f.held.name, f.held.shape):
+                self.momenta[i] = torch.zeros_like(f.weight)
 
     def step(self, lr_factor: float, loss_part: Tensor, max_norm: float = math.inf) -> UpdateResult:
         """Clips and updates; leaves weights and moments as they are when loss or norm is not finite, or the
@@ -46,6 +52,8 @@ class ShardedUpdate:
         ``loss_part`` is this process's part of the loss: over all processes they add up to it.
         """
         gradients = self.shards.gradients()
+        for i in self.frozen:
+            gradients[i].zero_()
         told = torch.stack([loss_part.double().reshape(()), self._squared_norm(gradients)])
         dist.all_reduce(told)
         loss, squared_norm = told.tolist()  # the one wait for the device in a step
@@ -87,14 +95,18 @@ class ShardedUpdate:
         self.shards.refresh(self.num_updates)
 
     def start_from(self, weights: InitialWeights) -> None:
-        """Takes over weights alone, as far as they are held there."""
+        """Takes over weights alone, as far as they are held there; new blocks add nothing."""
         for f in self.shards.fragments:
             if weights.holds(f.held.name):
                 f.weight.copy_(weights.read(f.held.name, f.held.box, f.start, f.start + len(f.weight)))
+            elif weights.is_zero(f.held.name):
+                f.weight.zero_()
         self.shards.refresh(0)
 
     def moments(self, fragment: int) -> dict[str, Tensor]:
-        """Views of a fragment's."""
+        """Views of a fragment's; none where it is frozen."""
+        if fragment in self.frozen:
+            return {}
         if fragment in self.momenta:
             return {"momentum": self.momenta[fragment]}
         return {key: self.shards.moment(fragment, key) for key in ADAMW_STATE}

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from sleeptrain.config import Config, OptimConfig
 from sleeptrain.model.sleep import SleepModel
 from sleeptrain.optim.optimizer import ADAMW_STATE, is_muon, takes_decay
+from sleeptrain.optim.patterns import rate_factor
 from sleeptrain.parallel.cpu_compat import prepare_deepspeed
 from sleeptrain.parallel.layout import bucket_elements
 from sleeptrain.parallel.stage import Held
@@ -62,21 +63,23 @@ class Shards(Protocol):
 
 
 class ElementwiseStep(torch.optim.AdamW):
-    """AdamW; for the weights of Muon, whose gradient is then its update, p <- (1 - lr wd) p - lr update."""
+    """AdamW; for the weights of Muon, whose gradient is then its update, p <- (1 - lr wd) p - lr update.
+    Frozen weights have a rate of 0: DeepSpeed's sharder wants all there are."""
 
     def __init__(self, held: list[Held], config: OptimConfig) -> None:
-        groups: dict[tuple[bool, bool], list[nn.Parameter]] = {}
+        groups: dict[tuple[bool, bool, float], list[nn.Parameter]] = {}
         for h in held:
-            groups.setdefault((is_muon(h.name, h.shape), takes_decay(h.name)), []).append(h.parameter)
+            key = (is_muon(h.name, h.shape), takes_decay(h.name), rate_factor(h.name, config))
+            groups.setdefault(key, []).append(h.parameter)
         super().__init__(
             [
                 {
                     "params": parameters,
                     "is_muon": of_muon,
-                    "peak_lr": config.muon_lr if of_muon else config.adamw_lr,
+                    "peak_lr": factor * (config.muon_lr if of_muon else config.adamw_lr),
                     "weight_decay": config.weight_decay if decays else 0.0,
                 }
-                for (of_muon, decays), parameters in sorted(groups.items(), key=lambda item: item[0])
+                for (of_muon, decays, factor), parameters in sorted(groups.items(), key=lambda item: item[0])
             ],
             lr=config.adamw_lr,
             betas=(config.adamw_beta1, config.adamw_beta2),

@@ -44,8 +44,8 @@ class GSMInfinite(Task):
     that it hangs on by a single path is not, and is asked for; the same operations, inverted along the path.
 
     Loss: on what is to be written after "Answer:" (with ``worked_solution`` after "Solution:") and on the end
-    marker, the last id; each predicted from the token before. Difficulty: operations. Splits: the facts of
-    the solution with the question, whatever the distractors and the order.
+    marker (``end_token``, else an id after all others); each predicted from the token before. Difficulty:
+    operations. Splits: the facts of the solution with the question, whatever the distractors and the order.
 
     A problem of 4 operations (two constants, a sum and a product) without distractors, and what is to be
     written, as bytes; 256 is the end marker:
@@ -73,7 +73,7 @@ class GSMInfinite(Task):
         self._tokenizer: Tokenizer | WordTokenizer = (
             WordTokenizer(is_symbolic, config.num_variables)
             if config.tokenizer == "words"
-            else make_tokenizer(config.tokenizer)
+            else make_tokenizer(config.tokenizer, config.end_token)
         )
         self.vocab_size = len(self._tokenizer.bytes_per_id)
         in_range = (ops for ops in (1, 2, 4, 6, 8) if config.min_ops <= ops <= config.max_ops)
@@ -90,7 +90,7 @@ class GSMInfinite(Task):
         shape = (len(rows), self.sequence_tokens)
         ids, targets = np.zeros(shape, dtype=np.int64), np.zeros(shape, dtype=np.int64)
         loss_mask, valid = np.zeros(shape, dtype=bool), np.zeros(shape, dtype=bool)
-        end = self.vocab_size - 1
+        end = self._tokenizer.end_id
         for b, row in enumerate(rows):
             tail = np.concatenate([row.prompt, row.answer])
             begin = self.sequence_tokens - len(tail)

@@ -26,6 +26,7 @@ class WordTokenizer:
             texts += [TOTALS_COUNT, *templates(), *(text for story in STORIES for text in story.texts())]
         self._words = list(dict.fromkeys(word for text in texts for word in _TOKEN.findall(text)))
         self._id_of = {word: i for i, word in enumerate(self._words)}
+        self.end_id = len(self._words)
         self.bytes_per_id = np.array([*map(len, self._words), 0], dtype=np.int64)
 
     def encode(self, text: bytes) -> Ints:
@@ -34,4 +35,4 @@ class WordTokenizer:
 
     def decode(self, ids: Sequence[int]) -> bytes:
         """With a space between any two; the end marker is no text."""
-        return " ".join(self._words[i] for i in ids if i < len(self._words)).encode()
+        return " ".join(self._words[i] for i in ids if i < self.end_id).encode()

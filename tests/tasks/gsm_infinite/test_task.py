@@ -161,7 +161,10 @@ def tokenizer_folder(tmp_path):
     in_bytes = GSMInfinite(config_of())
     texts = [prompt for prompt, _ in read(in_bytes, in_bytes.examples(0, np.arange(20)))]
     trainer = trainers.BpeTrainer(
-        vocab_size=400, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False
+        vocab_size=400,
+        special_tokens=["<end>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
     )
     tokenizer.train_from_iterator(texts, trainer)
     tokenizer.save(str(tmp_path / "tokenizer.json"))
@@ -178,6 +181,18 @@ def test_a_tokenizer_from_a_folder_stays_within_the_target(tokenizer_folder, win
         assert solve(prompt.replace(". . .", ".")).answer == int(answer)
         answer_window = config.answer_tokens if window == "own" else valid[config.context_tokens :].sum()
         assert 360 < valid[: config.context_tokens].sum() + answer_window <= 460
+
+
+def test_a_token_of_the_tokenizer_may_end_an_answer(tokenizer_folder) -> None:
+    config = config_of(tokenizer=str(tokenizer_folder), sequence_tokens=500, max_ops=4)
+    plain, task = GSMInfinite(config), GSMInfinite(replace(config, end_token="<end>"))
+    assert (plain.vocab_size, task.vocab_size) == (401, 400)
+    for before, after in zip(plain.examples(0, np.arange(20)), task.examples(0, np.arange(20))):
+        assert np.array_equal(np.where(before == 400, 0, before), after)  # <end> is the first token
+    assert plain.fingerprint() != task.fingerprint()
+    for tokenizer in ("bytes", "words"):
+        with pytest.raises(ConfigError, match=rf"task.end_token='<end>' is none of the {tokenizer}; leave"):
+            replace(config, tokenizer=tokenizer, end_token="<end>")
 
 
 @pytest.mark.parametrize("question", ["first", "last"])
