@@ -3,7 +3,6 @@
 ``python -m sleeptrain.harness --model sleeptrain --model_args checkpoint=runs/text,num_passes=4 --tasks X``
 """
 
-import importlib.util
 import sys
 import textwrap
 
@@ -42,12 +41,12 @@ def main(arguments: list[str]) -> int:
 
 def run(arguments: list[str]) -> None:
     """Hands the arguments to lm-eval, once it knows the model."""
-    if importlib.util.find_spec("lm_eval") is None:
+    try:
+        from lm_eval.__main__ import cli_evaluate
+    except ImportError as error:
         raise ConfigError(
-            'lm_eval is not installed; in the folder of sleeptrain: pip install --editable ".[lm-eval]"'
-        )
-    from lm_eval.__main__ import cli_evaluate
-
+            f'lm_eval is not installed ({error}); where sleeptrain is: pip install --editable ".[lm-eval]"'
+        ) from error
     import sleeptrain.harness.model  # noqa: F401  # registers it
 
     sys.argv[1:] = arguments  # where lm-eval reads them

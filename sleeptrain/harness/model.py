@@ -35,9 +35,7 @@ class SleepingLM(TemplateLM):  # type: ignore[misc, unused-ignore]
 
     def __init__(self, **given: Any) -> None:
         super().__init__()
-        if str(given.get("batch_size", "")).isdecimal():  # lm-eval hands on what was typed
-            given["batch_size"] = int(given["batch_size"])
-        self.settings = from_dict(HarnessConfig, given)
+        self.settings = from_dict(HarnessConfig, given | _from_command_line(given))
         self.session = Session(
             self.settings.checkpoint,
             self.settings.num_passes,
@@ -120,6 +118,16 @@ class SleepingLM(TemplateLM):  # type: ignore[misc, unused-ignore]
             "num_passes": self.session.num_passes,
             "window_tokens": self.session.config.sleep.window_tokens,
         }
+
+
+def _from_command_line(given: dict[str, Any]) -> dict[str, Any]:
+    """lm-eval hands on the batch size as it was typed, and the device ``cuda:0`` where none was."""
+    changes: dict[str, Any] = {}
+    if str(given.get("batch_size", "")).isdecimal():
+        changes["batch_size"] = int(given["batch_size"])
+    if given.get("device") == "cuda:0":
+        changes["device"] = "auto"
+    return changes
 
 
 def writing(given: dict[str, Any]) -> Writing:
