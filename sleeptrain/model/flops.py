@@ -20,9 +20,10 @@ from sleeptrain.model.sizes import (
     mixer_vectors,
     mlp_matrices,
     state_size,
+    tokens_at_once,
     value_channels,
 )
-from sleeptrain.model.visits import Visit, Window, plan, segments_of
+from sleeptrain.model.visits import Visit, Window, loss_tokens, plan, segments_of
 
 FLOAT32_BYTES = 4
 
@@ -146,6 +147,7 @@ def training_flops(
     A visit that no gradient reaches (``sleep.backprop_passes``, ``sleep.detach_state``) costs forward only.
     """
     forward = model = hardware = 0.0
+    is_in_pieces = loss_tokens(windows) > tokens_at_once(1, vocab_size)
     for visit, learns in zip(visits, _learning(sleep, windows, visits)):
         window = windows[visit.window]
         head = sum(_head_flops(config, window, visit, vocab_size))
@@ -153,6 +155,7 @@ def training_flops(
         trained = 3 * once if learns else once
         forward, model = forward + once, model + trained
         hardware += trained + (_recomputed_flops(config, sleep, window, visit) if learns else 0.0)
+        hardware += head if learns and is_in_pieces else 0.0
     return Cost(forward, model, hardware)
 
 
@@ -182,11 +185,9 @@ def activation_bytes(
     visit that no gradient reaches holds nothing.
     """
     learning = [v for v, learns in zip(visits, _learning(sleep, windows, visits)) if learns]
-    heads = sum(
-        (windows[v.window].stop - windows[v.window].start) * (3 * config.d_model + vocab_size)
-        for v in learning
-        if v.has_loss
-    )
+    is_in_pieces = loss_tokens(windows) > tokens_at_once(1, vocab_size)
+    of_token = config.d_model if is_in_pieces else 3 * config.d_model + vocab_size
+    heads = sum((windows[v.window].stop - windows[v.window].start) * of_token for v in learning if v.has_loss)
     of_visits = [_visit_activations(config, sleep, windows[v.window], v) for v in learning]
     if not per_pass:
         return FLOAT32_BYTES * (heads + sum(of_visits))

@@ -5,6 +5,14 @@ from collections.abc import Sequence
 from sleeptrain.config import BlockSpec, ModelConfig
 from sleeptrain.memory import RULES
 
+LOGITS_AT_ONCE = 2**27  # numbers; 512 MiB in float32
+
+
+def tokens_at_once(num_sequences: int, vocab_size: int) -> int:
+    """Tokens of each sequence whose logits are held at once. Where a loss asks for those of more, they are
+    computed so many tokens at a time, and again in the backward pass."""
+    return max(1, LOGITS_AT_ONCE // (num_sequences * vocab_size))
+
 
 def fast_blocks(blocks: Sequence[BlockSpec]) -> list[BlockSpec]:
     return [spec for spec in blocks if spec.is_fast_weight]

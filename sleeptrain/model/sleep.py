@@ -8,6 +8,7 @@ Shape letters: B batch, T tokens, D model width, W windows, V vocabulary.
 """
 
 from collections.abc import Sequence
+from functools import partial
 from typing import NamedTuple, Protocol
 
 import torch
@@ -22,8 +23,9 @@ from sleeptrain.model.halting import Halting, HaltingHead, Sleepers, Stop
 from sleeptrain.model.hybrid import HybridStack
 from sleeptrain.model.init import initialise
 from sleeptrain.model.layers import RMSNorm, rotary_table
+from sleeptrain.model.sizes import tokens_at_once
 from sleeptrain.model.state import State, Tokens, reset
-from sleeptrain.model.visits import Visit, Window, cut, plan, require_passes, segments_of
+from sleeptrain.model.visits import Visit, Window, cut, loss_tokens, plan, require_passes, segments_of
 from sleeptrain.model.window_state import Passes
 
 
@@ -93,7 +95,7 @@ class SleepModel(nn.Module):
 
     def __init__(self, config: ModelConfig, sleep: SleepConfig, vocab_size: int, seed: int = 0) -> None:
         super().__init__()
-        self.config, self.sleep = config, sleep
+        self.config, self.sleep, self.vocab_size = config, sleep, vocab_size
         self.held, self.holds_embedding, self.holds_head = segments_of(config), True, True
         self.token_part = (0, 1)  # which part of the tokens h holds between blocks, of how many
         # Not drawn twice; on the meta device, the first draw would import the whole of torch.compile.
@@ -316,12 +318,27 @@ class Walk:
         return h.detach() if self._starts_gradient(visit) else h
 
     def _loss(self, h: Tensor) -> Tensor:
-        logits, batch = self.model.logits(h), self.batch
+        targets, mask = self.batch.targets[:, self.span], self.batch.loss_mask[:, self.span]
+        size = tokens_at_once(len(h), self.model.vocab_size)
+        is_split = h.shape[1] < targets.shape[1]  # over ranks; the head puts the tokens together
+        if loss_tokens(self.windows) <= size or is_split:
+            found = [self._predict(h, targets)]
+        else:
+            pieces = zip(h.split(size, dim=1), targets.split(size, dim=1))
+            predict = partial(checkpoint, self._predict, use_reentrant=False, preserve_rng_state=False)
+            found = [predict(part, ids) for part, ids in pieces]
         if not torch.is_grad_enabled():
-            self.predictions[:, self.span] = self.model.cross_entropy.predict(logits)
-        nll = self.model.cross_entropy(logits, batch.targets[:, self.span]) * batch.loss_mask[:, self.span]
+            self.predictions[:, self.span] = torch.cat([ids for _, ids in found], dim=1)
+        nll = torch.cat([nll for nll, _ in found], dim=1) * mask
         self.nll[:, self.span] = nll.detach()
         return nll.sum()
+
+    def _predict(self, h: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+        """Nats per token ``[B, T]``, and without gradients the most likely ids."""
+        logits, ids = self.model.logits(h), targets
+        if not torch.is_grad_enabled():
+            ids = self.model.cross_entropy.predict(logits)
+        return self.model.cross_entropy(logits, targets), ids
 
 
 def _norms(visit: Visit, before: State, after: State) -> list[PassTrace]:

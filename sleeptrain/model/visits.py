@@ -37,6 +37,11 @@ class Visit(NamedTuple):
     is_after_loss: bool = False
 
 
+def loss_tokens(windows: Sequence[Window]) -> int:
+    """Tokens of a sequence whose logits are asked for."""
+    return sum(window.stop - window.start for window in windows if window.has_loss)
+
+
 def require_passes(num_passes: int, config: ModelConfig) -> None:
     """Raises ConfigError for an N below 1, or above 1 where no looped block has fast weights to write."""
     if num_passes < 1:

@@ -1,7 +1,5 @@
 """Which part of the model a rank holds, and how many bytes it needs for it: the split of each weight over the
-tensor ranks, the blocks of each pipeline stage, what is alive at once. Arithmetic alone; nothing here talks
-to another process.
-
+tensor ranks, the blocks of each pipeline stage, what is alive at once. Arithmetic alone.
 Activations count in float32, as in ``model/flops.py``; under bfloat16 autocast they are 10 to 25 % smaller.
 """
 
@@ -16,8 +14,9 @@ import torch
 
 from sleeptrain.config import Config, DataConfig, ModelConfig, ParallelConfig, SleepConfig
 from sleeptrain.model.flops import FLOAT32_BYTES, activation_bytes
+from sleeptrain.model.sizes import tokens_at_once
 from sleeptrain.model.sleep import SleepModel
-from sleeptrain.model.visits import Segment, Visit, Window, plan, segments_of
+from sleeptrain.model.visits import Segment, Visit, Window, loss_tokens, plan, segments_of
 from sleeptrain.optim.optimizer import is_muon, takes_decay
 from sleeptrain.parallel.rows import micro_batch_of
 from sleeptrain.schema import ConfigError
@@ -322,9 +321,8 @@ def most_alive(visits: Sequence[tuple[int, int]], num_micro: int, num_stages: in
 def visit_bytes(
     config: Config, vocab_size: int, windows: Sequence[Window], stage: int
 ) -> list[tuple[int, int]]:
-    """Bytes of one sequence that each visit holds on a stage until its backward pass, as activation
-    checkpointing leaves them, and those that it needs beside in the latter: what is computed again, and the
-    gradients of an MLP at work."""
+    """Bytes of one sequence that each visit holds on a stage until its backward pass, and those that it needs
+    beside in the latter: what is computed again, and the gradients of an MLP at work."""
     mode, part = config.sleep.activation_checkpointing, model_of_rank(config, stage)
     visits = plan(windows, config.sleep.num_passes, config.model, config.sleep)
     memory = FLOAT32_BYTES * part.memory_heads * part.memory_key_dim * part.memory_value_dim
@@ -341,8 +339,10 @@ def visit_bytes(
             held, again = of_blocks, largest
         again += FLOAT32_BYTES * tokens * (6 * part.d_model + 4 * part.mlp_hidden) if body else 0
         if visit.has_loss and stage == config.parallel.pipeline_size - 1:
-            head = 3 * h + FLOAT32_BYTES * tokens * vocab_size // config.parallel.tensor_size
-            held, again = held + head, max(0, again - head)  # its own backward pass comes first
+            at_once = tokens_at_once(1, vocab_size)
+            logits = FLOAT32_BYTES * min(tokens, at_once) * vocab_size // config.parallel.tensor_size
+            head, beside = (3 * h + logits, 0) if loss_tokens(windows) <= at_once else (h, 3 * logits)
+            held, again = held + head, max(beside, again - head)  # its own backward pass comes first
         found.append((held, again))
     return found
 

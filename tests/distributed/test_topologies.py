@@ -8,6 +8,7 @@ import pytest
 from faults import FAULTS
 from runs import Case, Distance, wrong
 
+from sleeptrain.model import sizes
 from sleeptrain.parallel import layout
 
 TEXT = {"schedule": "predict_then_consolidate", "eviction": "sliding"}
@@ -123,8 +124,8 @@ LARGE: dict[str, Case] = {
 def test_what_is_done_in_one_go_for_a_small_model_but_not_for_a_large_one(
     case: Case, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Several buckets, weights larger than one, Muon's matrices in several batches; with ZeRO 3 no weight so
-    small that it stays gathered."""
+    """Several buckets, weights larger than one, Muon's matrices in several batches, logits in pieces; with
+    ZeRO 3 no weight so small that it stays gathered."""
     initialize = deepspeed.initialize
 
     def as_for_a_large_model(config: dict[str, Any], **arguments: Any) -> Any:
@@ -133,6 +134,7 @@ def test_what_is_done_in_one_go_for_a_small_model_but_not_for_a_large_one(
 
     monkeypatch.setattr(deepspeed, "initialize", as_for_a_large_model)
     monkeypatch.setattr(layout, "MUON_ELEMENTS", 150)
+    monkeypatch.setattr(sizes, "LOGITS_AT_ONCE", 100)
     assert wrong(case, num_steps=3) == set()
 
 

@@ -20,6 +20,7 @@ from plain import (
 )
 from torch import Tensor
 
+from sleeptrain.model import sizes
 from sleeptrain.model.layers import rotary_table
 from sleeptrain.model.state import Tokens
 
@@ -70,6 +71,23 @@ def test_a_coda_or_prelude_of_any_kind_equals_the_plain_model(pattern: str, evic
 def test_the_other_rules_equal_the_plain_model(rule: str) -> None:
     model = build("attn gdn jet", rule=rule, negative_eigenvalues=True, memory_qk_heads=2)
     assert_model_is_plain(model, make(12, [2]), 2)
+
+
+@pytest.mark.parametrize("num_tokens", [1, 3, WINDOW - 1])
+def test_logits_in_pieces_equal_the_plain_model(num_tokens: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    batch = make(4 * WINDOW - 2, [0, 1, 2, 3])
+    monkeypatch.setattr(sizes, "LOGITS_AT_ONCE", num_tokens * len(batch.ids) * VOCAB)
+    assert_model_is_plain(build("attn gdn", schedule="predict_then_consolidate"), batch, 2)
+
+
+@pytest.mark.parametrize("is_cut", [False, True])
+def test_pieces_leave_no_logits_for_the_backward_pass(is_cut: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, batch, kept = build("attn gdn"), make(2 * WINDOW, [0, 1]), []
+    if is_cut:
+        monkeypatch.setattr(sizes, "LOGITS_AT_ONCE", 2 * len(batch.ids) * VOCAB)
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(x.shape) or x, lambda x: x):
+        model(batch, 1)
+    assert any(shape[-1:] == (VOCAB,) for shape in kept) != is_cut
 
 
 def plain_loop_over_windows(model, batch) -> Tensor:
