@@ -145,7 +145,8 @@ def run_config(mapped: "Mapped", output: Path, folder: "Folder", changes: dict[s
     task = TextConfig()
     if (folder.path / "tokenizer.json").is_file():
         task = TextConfig(tokenizer=str(output / "tokenizer.json"), end_token=folder.end_token())
-    whole = to_dict(Config(RunConfig(output.name, str(output)), mapped.described.model, task=task))
+    whole = to_dict(Config(RunConfig(output.name, str(output)), task=task))
+    whole["model"] = to_dict(mapped.described.model)
     usual = {"window_tokens": 0, "num_passes": 1, "schedule": "predict_then_consolidate"}
     whole["sleep"] |= usual | mapped.described.sleep | changes.get("sleep", {})
     if isinstance(whole["sleep"]["window_tokens"], int):  # anything else is refused below

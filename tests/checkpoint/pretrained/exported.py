@@ -14,12 +14,13 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 PASSES = (1, 3)
-NEW_TOKENS = 16
+NEW_TOKENS = 10
+OF_BEAMS = ("ends", "mixed")  # between them they hold all that a memory can
 
 
 def predictions(model: Any, ids: Tensor, num_passes: int) -> dict[str, Tensor]:
-    """Logits ``[B, T, V]`` at once, in pieces and token by token, what is written greedily and by beam search,
-    and the most tokens that the memory ever held of each kind."""
+    """Logits ``[B, T, V]`` at once, in pieces and token by token, what is written greedily, and the most
+    tokens that the memory ever held of each kind."""
     said = {"at_once": model(ids, num_passes=num_passes).logits}
     most = 0
     for name, piece_tokens in (("in_pieces", 5), ("by_token", 1)):
@@ -35,10 +36,16 @@ def predictions(model: Any, ids: Tensor, num_passes: int) -> dict[str, Tensor]:
     options = {"max_new_tokens": NEW_TOKENS, "do_sample": False, "eos_token_id": None}
     written = model.generate(ids, num_passes=num_passes, **options)
     said["written"] = written[:, ids.shape[1] :]
-    beams = {"num_beams": 3, "num_passes": num_passes, **options}
-    for name, use_cache in (("beams", True), ("beams_anew", False)):
-        said[name] = model.generate(ids, use_cache=use_cache, **beams).contiguous()
     return said
+
+
+def written_by_beams(model: Any, ids: Tensor) -> dict[str, Tensor]:
+    """Ids found with what the model remembers, and by reading everything anew for each token."""
+    options = {"max_new_tokens": NEW_TOKENS, "num_beams": 3, "do_sample": False, "eos_token_id": None}
+    return {
+        "beams": model.generate(ids, use_cache=True, **options),
+        "beams_anew": model.generate(ids, use_cache=False, **options),
+    }
 
 
 def main(ids_file: str, *folders: str) -> None:
@@ -53,8 +60,10 @@ def main(ids_file: str, *folders: str) -> None:
             for num_passes in PASSES:
                 found = predictions(model, ids, num_passes)
                 said |= {f"{name}.{num_passes}": tensor for name, tensor in found.items()}
+            if Path(folder).name in OF_BEAMS:
+                said |= written_by_beams(model, ids)
+            said["exactly"] = model.double()(ids).logits
         save_file({name: tensor.contiguous() for name, tensor in said.items()}, f"{folder}.safetensors")
-        print(Path(folder).name, model.dtype, flush=True)
 
 
 if __name__ == "__main__":

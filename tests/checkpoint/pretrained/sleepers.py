@@ -55,19 +55,21 @@ CASES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
 }
 
 
-def sleeper(name: str, run_folder: Path, dtype: torch.dtype = torch.float32, **sleep: Any) -> Checkpoint:
+def sleeper(case: str, run_folder: Path, dtype: torch.dtype = torch.float32, **sleep: Any) -> Checkpoint:
     """The checkpoint of step 12 of a case."""
-    model, own = CASES[name]
+    model, own = CASES[case]
     config = Config(
-        run=RunConfig(id=name, dir=str(run_folder), device="cpu"),
+        run=RunConfig(id=case, dir=str(run_folder), device="cpu"),
         model=ModelConfig(**SIZES, **model),
         sleep=SleepConfig(**{"window_tokens": WINDOW_TOKENS, "num_passes": 3, **own, **sleep}),
         task=TextConfig(),
     )
     backend, draw = LocalBackend(config, VOCAB), torch.Generator().manual_seed(3)
     with torch.no_grad():
-        for parameter in backend.model.parameters():
-            parameter += 0.15 * torch.randn(parameter.shape, generator=draw)
+        for name, parameter in backend.model.named_parameters():
+            # Matrices stay small: what is passed over several times would make much of the last bits.
+            scale = 0.1 if name.startswith(("embed", "head")) else 0.06 if "proj" in name else 0.15
+            parameter += scale * torch.randn(parameter.shape, generator=draw)
     backend.model.to(dtype)
     saver = Saver(run_folder / "checkpoints", keep_last=1, keep_every_steps=0)
     saver.save(12, backend.slices(), {"config": to_dict(config)})
