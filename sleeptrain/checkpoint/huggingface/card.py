@@ -17,10 +17,11 @@ import torch
 from transformers import AutoModelForCausalLM
 
 model = AutoModelForCausalLM.from_pretrained("FOLDER", trust_remote_code=True)
-ids = torch.tensor([[1, 2, 3]])
+torch.set_grad_enabled(False)
+ids = torch.tensor([[0, 1, 0]])
 model.generate(ids, max_new_tokens=20)  # sleeps whenever a window is full
 out = model(ids, num_passes={num_passes})  # out.logits; out.cache is what it remembers
-out = model(torch.tensor([[4, 5]]), cache=out.cache)  # reads on, from a cache that does not grow
+out = model(torch.tensor([[1, 1]]), cache=out.cache)  # reads on, from a cache that does not grow
 model.sleep(out.cache)  # before the window is full
 ```
 
@@ -95,9 +96,10 @@ def _sleep(checkpoint: Checkpoint) -> str:
     kept = "clears its KV cache"
     if sleep.eviction == "sliding":
         kept = f"keeps the keys and values of the newest {sleep.window_tokens - 1} tokens"
-    passes = f"makes {sleep.num_passes - 1} further passes over them" if sleep.num_passes > 1 else "stops"
+    passes = f"{sleep.num_passes} passes" if sleep.num_passes > 1 else "one pass"
     return (
-        f"It sleeps: after {sleep.window_tokens} tokens it {passes}, {kept}, and goes on. What it remembers "
+        f"It sleeps: over each {sleep.window_tokens} tokens it makes {passes}, reading included; then it "
+        f"{kept}, and goes on. What it remembers "
         "of older ones is in the fast weights of its gdn and jet blocks. A prediction takes one pass, "
         "however long it slept. Method: Lee, McLeish, Goldstein and Fanti, *Do Language Models Need Sleep? "
         "Offline Recurrence for Improved Online Inference* (arXiv 2605.26099)."

@@ -73,7 +73,7 @@ def test_the_command_writes_a_folder_that_stands_alone(
     assert "license:" not in card
     assert "Trained from scratch by sleeptrain for 12 steps on the task text: it stems from no other" in card
     assert "Licence: none was chosen for these weights" in card
-    assert "It sleeps: after 7 tokens it makes 2 further passes over them, clears its KV cache" in card
+    assert "It sleeps: over each 7 tokens it makes 3 passes, reading included; then it clears its KV" in card
     assert "| blocks | gdn attn jet attn gdn |" in card
     weights = sum(torch.Size(found.shape).numel() for found in Folder(out).tensors.values())
     assert f"| weights | {weights:,} |" in card
