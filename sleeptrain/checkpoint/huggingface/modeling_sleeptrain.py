@@ -7,7 +7,7 @@ sleeptrain, which trained them, does (method: arXiv 2605.26099), in plain PyTorc
     model = AutoModelForCausalLM.from_pretrained(FOLDER, trust_remote_code=True)
     model.generate(ids, max_new_tokens=50)        # sleeps whenever a window is full
     out = model(ids, num_passes=4)                # the same, with another N; out.cache: what it remembers
-    model(more_ids, cache=out.cache)              # reads on; under torch.no_grad it holds no more than a window
+    model(more_ids, cache=out.cache)              # reads on; without gradients it holds no more than a window
 
 Shape letters: B batch, T tokens of this call, S stored tokens, P tokens in the open window, D model width,
 H value heads, G key/value heads, K key size, V value size, C channels, W convolution taps.

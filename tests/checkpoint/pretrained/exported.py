@@ -63,6 +63,7 @@ def main(ids_file: str, *folders: str) -> None:
             if Path(folder).name in OF_BEAMS:
                 said |= written_by_beams(model, ids)
             said["exactly"] = model.double()(ids).logits
+            said["in_bfloat16"] = model.bfloat16()(ids, num_passes=1).logits
         save_file({name: tensor.contiguous() for name, tensor in said.items()}, f"{folder}.safetensors")
 
 

@@ -85,6 +85,13 @@ def test_in_float64_to_the_last_bits(name: str, runs: Path, said: Said) -> None:
 
 
 @pytest.mark.parametrize("name", CASES)
+def test_in_bfloat16_gates_and_logits_are_float32(name: str, said: Said) -> None:
+    found, expected = said[name]["in_bfloat16"], said[name]["at_once.1"]
+    assert found.dtype == torch.float32
+    assert (found - expected).abs().mean() < 0.03
+
+
+@pytest.mark.parametrize("name", CASES)
 def test_passes_matter_and_what_it_holds_is_bounded(name: str, said: Said) -> None:
     found, sleeps = said[name], CASES[name][1].get("window_tokens") != 0
     change = (found["at_once.1"] - found["at_once.3"]).abs().max()
