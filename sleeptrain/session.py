@@ -9,6 +9,7 @@ session.save("memory.safetensors")                 # what it remembers outlives 
 Session("runs/text").load("memory.safetensors")
 """
 
+import copy
 import hashlib
 import json
 import time
@@ -22,14 +23,14 @@ import torch
 from torch import Tensor
 
 from sleeptrain.checkpoint.durable import replace_file
-from sleeptrain.config import TextConfig
+from sleeptrain.config import GSMInfiniteConfig, TextConfig
 from sleeptrain.engine.restored import restore
 from sleeptrain.model import ragged
 from sleeptrain.model import session as sessions
 from sleeptrain.model.halting import Stop
 from sleeptrain.model.visits import require_passes
 from sleeptrain.schema import ConfigError, RunError, to_dict
-from sleeptrain.tasks.tokenizer import make_tokenizer
+from sleeptrain.tasks.tokenizer import Tokenizer, make_tokenizer
 
 FORMAT = "sleeptrain memory 1"
 
@@ -72,7 +73,9 @@ class Session:
         self.stop.check(found.config.sleep)
         task = found.config.task
         self.tokenizer = (
-            make_tokenizer(task.tokenizer, task.end_token) if isinstance(task, TextConfig) else None
+            make_tokenizer(task.tokenizer, task.end_token)
+            if isinstance(task, TextConfig | GSMInfiniteConfig) and task.tokenizer != "words"
+            else None
         )
         self.on_sleep = on_sleep
         self._backend = found.backend
@@ -85,6 +88,25 @@ class Session:
     def num_tokens(self) -> int:
         """Read so far, by the sequence that read most."""
         return int(self._read.max())
+
+    @property
+    def next_logits(self) -> Tensor:
+        """What comes next, ``[B, V]``; zeros where a sequence has read nothing."""
+        return self._next
+
+    def fork(self, rows: Sequence[int]) -> "Session":
+        """A session of these sequences, each as often as it is named, that remembers what they do now and
+        goes on by itself. The weights are shared."""
+        other, index = copy.copy(self), torch.tensor(rows, dtype=torch.long, device=self.device)
+        other._rows = ragged.take(self._rows, index)
+        other._read, other._next = self._read[index], self._next[index]
+        return other
+
+    def require_tokenizer(self, remedy: str = "give a checkpoint of task.name=text") -> Tokenizer:
+        """Raises ConfigError, with this remedy, where the model has none."""
+        if self.tokenizer is None:
+            raise ConfigError(f"task.name={self.config.task.name} is no text; {remedy}")
+        return self.tokenizer
 
     def read(self, tokens: Given | Sequence[Given] | Tensor, num_passes: int | None = None) -> None:
         """Reads a text or ids; for several sequences a list of such, or ids ``[B, T]``. However much that is,
@@ -161,13 +183,12 @@ class Session:
         self, max_tokens: int, temperature: float = 0.0, top_p: float = 1.0, seed: int = 0
     ) -> Iterator[str]:
         """The same in pieces that are whole letters. Raises ConfigError where there is no tokenizer."""
-        if self.tokenizer is None:
-            raise ConfigError(f"task.name={self.config.task.name} is no text; use generate, which gives ids")
+        tokenizer = self.require_tokenizer("use generate, which gives ids")
         written: list[int] = []
         told = ""
         for ids in self.generate(max_tokens, temperature, top_p, seed):
             written.append(int(ids[0]))
-            whole = self.tokenizer.decode(written).decode(errors="replace").rstrip("\ufffd")
+            whole = tokenizer.decode(written).decode(errors="replace").rstrip("\ufffd")
             yield whole[len(told) :]
             told = whole
 
@@ -210,9 +231,8 @@ class Session:
 
     def _row(self, tokens: Given | Tensor) -> Tensor:
         if isinstance(tokens, str):
-            if self.tokenizer is None:
-                raise ConfigError(f"task.name={self.config.task.name} is no text; give ids")
-            tokens = torch.from_numpy(self.tokenizer.encode(tokens.encode()))
+            tokenizer = self.require_tokenizer("give ids")
+            tokens = torch.from_numpy(tokenizer.encode(tokens.encode()))
         ids = torch.as_tensor(tokens, dtype=torch.long, device=self.device)
         vocab_size = self.model.head.out_features
         if ids.numel() and not 0 <= int(ids.min()) <= int(ids.max()) < vocab_size:

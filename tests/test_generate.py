@@ -156,6 +156,19 @@ def test_sequences_of_different_lengths_are_what_each_is_alone(run: Path, tmp_pa
     assert together.num_tokens == len(PROMPT) + 11
 
 
+def test_a_fork_goes_on_by_itself(run: Path) -> None:
+    session = Session(run, num_sequences=2)
+    session.read([PROMPT, "a"])
+    fork = session.fork([1, 0, 1])
+    fork.read(["b", "", "c"])
+    logits = fork.feed(["x", "y", "z"])[:, 0]
+    for row, text in enumerate(("abx", f"{PROMPT}y", "acz")):
+        torch.testing.assert_close(logits[row], Session(run).feed(text)[0, -1], rtol=1e-5, atol=1e-5)
+    assert torch.equal(fork.next_logits, logits)
+    expected = Session(run).feed(f"{PROMPT}!")[0, -1]
+    torch.testing.assert_close(session.feed(["!", ""])[0, 0], expected, rtol=1e-5, atol=1e-5)
+
+
 def test_greedy_writing_is_reading_what_is_most_likely(run: Path) -> None:
     session, by_hand = Session(run), Session(run)
     session.feed(PROMPT)

@@ -7,17 +7,12 @@ from typing import Any
 def draw_learning_curve(rows: list[dict[str, Any]], folder: Path, title: str) -> list[Path]:
     """Training loss, and every held-out metric by difficulty and N, over steps; as SVG and PNG in
     ``folder``."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
+    from matplotlib.figure import Figure  # without pyplot, which takes a second to import and is for windows
 
     curves = _curves(rows)
     panels = ["train/loss", *sorted({name.split("/")[1] for name in curves if name.count("/") == 3})]
-    figure, axes = plt.subplots(
-        1, len(panels), figsize=(4.6 * len(panels), 3.6), squeeze=False, layout="constrained"
-    )
-    for axis, panel in zip(axes[0], panels):
+    figure = Figure(figsize=(4.6 * len(panels), 3.6), layout="constrained")
+    for axis, panel in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels):
         shown = {
             n: c for n, c in curves.items() if n == panel or (n.count("/") == 3 and n.split("/")[1] == panel)
         }
@@ -34,7 +29,7 @@ def draw_learning_curve(rows: list[dict[str, Any]], folder: Path, title: str) ->
     paths = [folder / f"learning_curve.{suffix}" for suffix in ("svg", "png")]
     for path in paths:
         figure.savefig(path, dpi=140)
-    plt.close(figure)
+        figure.set_layout_engine("none")  # the second one as the first was laid out
     return paths
 
 

@@ -42,6 +42,11 @@ def room_tokens(model: SleepModel, rows: Rows) -> Tensor:
     return (model.sleep.window_tokens or torch.iinfo(torch.long).max) - rows.filled
 
 
+def take(rows: Rows, index: Tensor) -> Rows:
+    """The rows of these numbers ``[n]``, any of them any number of times."""
+    return Rows(map_tensors(lambda tensor: tensor[index], rows.session), rows.filled[index])
+
+
 @torch.no_grad()
 def read(model: SleepModel, rows: Rows, ids: Tensor, lengths: Tensor) -> tuple[Tensor, Rows]:
     """Pass 1 over the first ``lengths`` ``[B]`` of ``ids`` ``[B, T]``; returns logits ``[B, T, V]``, of which
@@ -68,7 +73,7 @@ def sleep(
     told = []
     for count in rows.filled[which].unique().tolist():
         index = (which & (rows.filled == count)).nonzero()[:, 0]
-        part = map_tensors(lambda tensor, index=index: tensor[index], rows.session)
+        part = take(rows, index).session
         part = part._replace(hidden=part.hidden[:, part.hidden.shape[1] - count :])
         slept, passes = sessions.sleep_until_settled(model, part, num_passes, stop)
         told.append(Slept(index, passes))

@@ -96,7 +96,8 @@ class SleepModel(nn.Module):
         self.config, self.sleep = config, sleep
         self.held, self.holds_embedding, self.holds_head = segments_of(config), True, True
         self.token_part = (0, 1)  # which part of the tokens h holds between blocks, of how many
-        self.embed = nn.Embedding(vocab_size, config.d_model)
+        # Not drawn twice; on the meta device, the first draw would import the whole of torch.compile.
+        self.embed = nn.Embedding.from_pretrained(torch.empty(vocab_size, config.d_model), freeze=False)
         self.stack = HybridStack(config)
         self.final_norm = RMSNorm(config.d_model, config.norm_eps, config.zero_centred_norms)
         self.head = nn.Linear(config.d_model, vocab_size, bias=False)

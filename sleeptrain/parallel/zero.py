@@ -283,6 +283,9 @@ def _engine(model: nn.Module, optimizer: ElementwiseStep, config: Config, topolo
         "stage": config.parallel.zero_stage,
         "overlap_comm": False,
         "reduce_bucket_size": bucket_elements(num_elements),
+        # How far it looks for the next use of a weight before it gives it up. Blocks that loop come again
+        # within one pass; its default, a billion weights, is all passes of a small model, each time.
+        "stage3_max_reuse_distance": num_elements,
     }
     if config.parallel.offload_optimizer:
         zero["offload_optimizer"] = {"device": "cpu", "pin_memory": topology.device.type == "cuda"}

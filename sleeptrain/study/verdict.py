@@ -20,6 +20,9 @@ class Against(NamedTuple):
     paired: Paired | None
 
 
+Gains = list[tuple[Against, Row]]  # each with its place in the grid
+
+
 def trained_rows(data: Data, metric: str, only: Row) -> list[Row]:
     """Of the grid, evaluated with the N of the training, all passes made."""
     rows = data.select({"metric": metric, "role": "grid", "as_trained": True} | only)
@@ -72,10 +75,21 @@ def sentences(data: Data, metric: str, budgets: Sequence[str], axes: Sequence[st
     gains = {budget: found for budget, found in gains.items() if found}
     told = [_sentence(b, metric, found, data.difficulty_name, axes) for b, found in gains.items()]
     if {"tokens", "flops"} <= gains.keys():
-        per_token, per_flop = (_share_ahead(gains[b], metric) for b in ("tokens", "flops"))
-        told.append(_CONCLUSIONS[per_token > 0.5, per_flop > 0.5])
+        told.append(conclusion(gains["tokens"], gains["flops"], metric))
     return told
 
+
+def conclusion(at_tokens: Gains, at_flops: Gains, metric: str) -> str:
+    """What both budgets say together; nothing, where no gain is beyond the interval over seeds."""
+    if not any(_is_sure(_gain(one)) for one, _ in (*at_tokens, *at_flops)):
+        return _UNDECIDED
+    return _CONCLUSIONS[_share_ahead(at_tokens, metric) > 0.5, _share_ahead(at_flops, metric) > 0.5]
+
+
+_UNDECIDED = (
+    "No difference between N > 1 and N = 1 is beyond the spread over seeds: at this scale the study does not "
+    "tell whether more passes help."
+)
 
 _CONCLUSIONS = {
     (True, True): "More passes learn more from the same tokens, and from the same compute, too.",
@@ -86,8 +100,6 @@ _CONCLUSIONS = {
     (False, True): "More passes do not learn more from the same tokens; they are ahead at equal compute.",
     (False, False): "More passes do not help at this scale, neither at equal tokens nor at equal compute.",
 }
-
-Gains = list[tuple[Against, Row]]
 
 
 def _gains(data: Data, metric: str, budget: str, axes: Sequence[str]) -> Gains:

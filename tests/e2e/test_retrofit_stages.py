@@ -1,7 +1,10 @@
 """A retrofit by the command line: an Ouro-like folder is imported and gets Jet blocks; these are trained
 alone, then everything; what comes out is evaluated by operations and N."""
 
+import os
 import shutil
+import signal
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -11,7 +14,9 @@ from torch import Tensor
 
 from sleeptrain import convert, evaluate
 from sleeptrain.engine.metrics import read_metrics
+from sleeptrain.engine.resilience import EXIT_REQUEUE
 from sleeptrain.engine.restored import find
+from sleeptrain.engine.trainer import Trainer
 from sleeptrain.pretrain import main
 
 NEW = ("stack.blocks.2.", "stack.blocks.5.")
@@ -38,17 +43,31 @@ def moved(before: dict[str, Tensor], after: dict[str, Tensor]) -> set[str]:
     return {name for name in before if not torch.equal(before[name], after[name])}
 
 
+def imported_ouro(folder: Path) -> Path:
+    write_tiny(folder / "model", TINY_OURO, torch.bfloat16)
+    assert convert.main(["import", f"source={folder / 'model'}", f"output={folder / 'ouro'}"]) == 0
+    return folder / "ouro"
+
+
+def stage1_of(start: Path, folder: Path) -> list[str]:
+    new = [f"run.init_new=[{PATTERNS}]", f"optim.frozen=[{ALL_BUT_NEW}]", "optim.num_steps=3"]
+    return [
+        *("experiment=ouro_sliding_tiny_stage1", f"run.dir={folder}", f"run.init_from={start}"),
+        *(*SMALL, *new),
+    ]
+
+
+def stage2_of(start: Path, folder: Path) -> list[str]:
+    length = ["optim.num_steps=2", "optim.decay_fraction=0"]
+    return ["experiment=ouro_sliding_tiny", f"run.dir={folder}", f"run.init_from={start}", *SMALL, *length]
+
+
 @pytest.mark.more
 def test_from_a_folder_through_both_stages_to_an_evaluation(
     tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:
-    write_tiny(tmp_path / "model", TINY_OURO, torch.bfloat16)
-    imported, first, second = (tmp_path / name for name in ("ouro", "stage1", "stage2"))
-    assert convert.main(["import", f"source={tmp_path / 'model'}", f"output={imported}"]) == 0
-
-    stage1 = ["experiment=ouro_sliding_tiny_stage1", f"run.dir={first}", f"run.init_from={imported}", *SMALL]
-    stage1 += [f"run.init_new=[{PATTERNS}]", f"optim.frozen=[{ALL_BUT_NEW}]", "optim.num_steps=3"]
-    assert main(stage1) == 0
+    imported, first, second = imported_ouro(tmp_path), tmp_path / "stage1", tmp_path / "stage2"
+    assert main(stage1_of(imported, first)) == 0
     said = capsys.readouterr().out
     assert "are new: run.init_new" in said
     assert "are trained: optim.frozen" in said
@@ -62,12 +81,11 @@ def test_from_a_folder_through_both_stages_to_an_evaluation(
         assert torch.equal(after_one[name], there[saved]), name
     assert all(after_one[f"{start}mixer.o_proj.weight"].any() for start in NEW)
 
-    stage2 = ["experiment=ouro_sliding_tiny", f"run.dir={second}", f"run.init_from={first}", *SMALL]
-    assert main([*stage2, "optim.num_steps=2", "optim.decay_fraction=0"]) == 0
+    assert main(stage2_of(first, second)) == 0
     assert moved(after_one, weights(second)) == after_one.keys()
     shutil.rmtree(first)  # a run that has checkpoints needs it no more
     rows = read_metrics(second)
-    assert main([*stage2, "optim.num_steps=2", "optim.decay_fraction=0"]) == 0
+    assert main(stage2_of(first, second)) == 0
     assert read_metrics(second) == rows
     assert "step 2 of 2" in capsys.readouterr().out
 
@@ -77,3 +95,34 @@ def test_from_a_folder_through_both_stages_to_an_evaluation(
     )
     said = capsys.readouterr().out
     assert all(text in said for text in ("ops 2", "ops 3", "N=1", "N=2"))
+
+
+@pytest.mark.more
+def test_stopped_in_both_stages_it_ends_as_if_it_had_not_been(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    imported = imported_ouro(tmp_path)
+    for name in ("whole", "stopped"):
+        folder = tmp_path / name
+        stages = (stage1_of(imported, folder / "1"), stage2_of(folder / "1", folder / "2"))
+        for settings, stop_at in zip(stages, (2, 1)):
+            if name == "stopped":
+                with monkeypatch.context() as patch:
+                    patch.setattr(Trainer, "train_step", stopping(stop_at))
+                    assert main(settings) == EXIT_REQUEUE
+            assert main(settings) == 0
+    for stage_number in ("1", "2"):
+        whole, stopped = (weights(tmp_path / name / stage_number) for name in ("whole", "stopped"))
+        assert not moved(whole, stopped)
+
+
+def stopping(at_step: int) -> Callable[[Trainer], object]:
+    """``Trainer.train_step``, and a signal to stop at the beginning of that step."""
+    train_step = Trainer.train_step
+
+    def step(trainer: Trainer) -> object:
+        if trainer.step + 1 == at_step:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return train_step(trainer)
+
+    return step

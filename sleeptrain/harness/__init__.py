@@ -1,0 +1,1 @@
+"""A checkpoint under lm-eval, EleutherAI's harness of benchmarks: ``python -m sleeptrain.harness``."""

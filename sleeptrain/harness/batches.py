@@ -1,0 +1,120 @@
+"""Many texts with one model: read side by side, what they share once; scored, and written on."""
+
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn.functional import cross_entropy
+from torch.nn.utils.rnn import pad_sequence
+
+from sleeptrain.session import Session, choose
+
+Ids = list[int]
+
+_MOST_LOGITS = 2**27  # at once: half a GiB of float32
+_NOTHING = -1  # where a shorter row has no target
+
+
+class Score(NamedTuple):
+    """Of some tokens: the log-probability of all, in nats, and whether each was the most likely one."""
+
+    log_probability: float
+    is_greedy: bool
+
+
+class Writing(NamedTuple):
+    """How to write: at most so many tokens, up to the first of the texts ``until``; greedy at temperature
+    0."""
+
+    max_tokens: int
+    until: tuple[str, ...] = ()
+    temperature: float = 0.0
+    top_p: float = 1.0
+
+
+def after_contexts(
+    empty: Session, contexts: Sequence[Ids], order: Sequence[int], num_rows: int
+) -> Iterator[tuple[Session, list[int]]]:
+    """Sessions of at most ``num_rows`` rows that have read contexts, and of which context, by its number,
+    each row is. Numbers are taken in this order; a context that comes several times is read once.
+
+    ``empty``: a session that has read nothing.
+    """
+    sharing: dict[tuple[int, ...], list[int]] = {}
+    for number in order:
+        sharing.setdefault(tuple(contexts[number]), []).append(number)
+    different = list(sharing.items())
+    for start in range(0, len(different), num_rows):
+        group = different[start : start + num_rows]
+        session = empty.fork([0] * len(group))
+        for piece in _pieces(session, [list(context) for context, _ in group]):
+            session.read(piece)
+        rows = [(row, number) for row, (_, numbers) in enumerate(group) for number in numbers]
+        for first in range(0, len(rows), num_rows):
+            part = rows[first : first + num_rows]
+            yield session.fork([row for row, _ in part]), [number for _, number in part]
+
+
+def score(session: Session, rows: Sequence[Ids]) -> list[Score]:
+    """Of each row's ids, after what its sequence has read. The session reads them but for the last ones."""
+    device = session.device
+    sums = torch.zeros(len(rows), dtype=torch.float64, device=device)
+    greedy = torch.ones(len(rows), dtype=torch.bool, device=device)
+    for logits, targets in _predictions(session, rows):
+        ids = pad_sequence(
+            [torch.tensor(row, dtype=torch.long, device=device) for row in targets],
+            batch_first=True,
+            padding_value=_NOTHING,
+        )
+        nll = cross_entropy(logits.float().mT, ids, ignore_index=_NOTHING, reduction="none")
+        sums -= nll.double().sum(1)
+        greedy &= ((logits.argmax(-1) == ids) | (ids == _NOTHING)).all(1)
+    return [Score(*pair) for pair in zip(sums.tolist(), greedy.tolist())]
+
+
+def _predictions(session: Session, rows: Sequence[Ids]) -> Iterator[tuple[Tensor, list[Ids]]]:
+    """Logits ``[B, T, V]`` and what they should say."""
+    if any(rows):
+        yield session.next_logits[:, None], [row[:1] for row in rows]
+    shown, following = ([row[cut] for row in rows] for cut in (slice(None, -1), slice(1, None)))
+    for piece, targets in zip(_pieces(session, shown), _pieces(session, following)):
+        yield session.feed(piece), targets
+
+
+def write(session: Session, how: Writing, generator: torch.Generator) -> list[str]:
+    """What each sequence writes, until it ends its document, a text of ``until`` comes (which is cut off), or
+    there are enough tokens. Raises ConfigError where there is no tokenizer."""
+    tokenizer = session.require_tokenizer()
+    written: list[Ids] = [[] for _ in session.next_logits]
+    texts = [""] * len(written)
+    going = list(range(len(written)))  # the rows of the session that are left, by their number at first
+    for _ in range(how.max_tokens):
+        ids = choose(session.next_logits, how.temperature, how.top_p, generator)
+        for number, i in zip(going, ids.tolist()):
+            written[number].append(i)
+            texts[number] = tokenizer.decode(written[number]).decode(errors="replace")
+        left = [
+            row
+            for row, number in enumerate(going)
+            if len(written[number]) < how.max_tokens
+            and written[number][-1] != tokenizer.end_id
+            and not any(stop in texts[number] for stop in how.until)
+        ]
+        if not left:
+            break
+        if len(left) < len(going):
+            session, ids, going = session.fork(left), ids[left], [going[row] for row in left]
+        session.read(ids[:, None])
+    return [_cut(text, how.until) for text in texts]
+
+
+def _cut(text: str, until: Sequence[str]) -> str:
+    return text[: min((text.find(stop) for stop in until if stop in text), default=len(text))]
+
+
+def _pieces(session: Session, rows: Sequence[Ids]) -> Iterator[list[Ids]]:
+    """As much of each row at a time as there may be logits of."""
+    size = max(1, _MOST_LOGITS // session.next_logits.numel())
+    for start in range(0, max(map(len, rows), default=0), size):
+        yield [row[start : start + size] for row in rows]
