@@ -25,15 +25,17 @@ usage: python -m sleeptrain.convert import source=FOLDER output=FOLDER [SECTION.
 
 import makes a checkpoint of a Hugging Face folder (config.json and safetensors, already on this disk), to be
 evaluated, generated from, or trained on with run.init_from. model.yaml beside it has the settings of the
-model for configs/model/. export writes what was imported back as such a folder, trained or not.
+model for configs/model/. export writes what was imported back as such a folder, trained or not. Any other
+model, one with inserted blocks or trained from scratch, becomes a folder that sleeps: with a modelling file
+of its own, which needs torch and transformers alone.
 
   python -m sleeptrain.convert import source=Ouro-1.4B output=runs/ouro sleep.window_tokens=2000
   python -m sleeptrain.generate checkpoint=runs/ouro prompt="Once upon a time"
   python -m sleeptrain.convert export checkpoint=runs/ouro output=Ouro-again
 
-Known are model_type llama, qwen2, qwen3, ouro, jet_nemotron, qwen3_5 (dense) and olmo_hybrid. Nothing is
-downloaded, no code of the folder is run, no pickle is read. Of SECTION.KEY those of sleep and task, and
-model.prelude_blocks and model.coda_blocks.
+Known are model_type llama, qwen2, qwen3, ouro, jet_nemotron, qwen3_5 (dense), olmo_hybrid, and sleeptrain: a
+folder that sleeps. Nothing is downloaded, no code of the folder is run, no pickle is read. Of SECTION.KEY
+those of sleep and task, and model.prelude_blocks and model.coda_blocks.
 """
 
 SECTIONS: tuple[str, ...] = ("sleep", "task", "model")
@@ -64,6 +66,9 @@ class ExportConfig:
         "",
         "export: folder whose tokenizer and licence files are copied along; empty: the run folder",
     )
+    sleeping: bool = setting(
+        False, "export: as a folder that sleeps, also where it could be written as it was imported"
+    )
 
     def __post_init__(self) -> None:
         for name in ("checkpoint", "output"):
@@ -79,7 +84,7 @@ def main(arguments: list[str]) -> int:
         print(USAGE)
         for name, default, text in [*describe(ImportConfig), *describe(ExportConfig)]:
             if text.startswith(("import:", "export:")):
-                first = f"  {name + '=' + default:<16} "
+                first = f"  {name + '=' + str(default):<16} "
                 print(textwrap.fill(text, 100, initial_indent=first, subsequent_indent=" " * 19))
         return 0
     try:
@@ -123,10 +128,11 @@ def run_import(given: dict[str, Any]) -> None:
 
 
 def run_config(mapped: "Mapped", output: Path, folder: "Folder", changes: dict[str, Any]) -> "Config":
-    """The settings that the imported checkpoint has: one pass, one window, next-token prediction, unless
-    changed. Raises ConfigError for a change that would make it another model.
+    """The settings that the imported checkpoint has: one pass, one window, unless the folder says how it
+    sleeps, and next-token prediction, unless changed. Raises ConfigError for a change that would make it
+    another model.
     """
-    from sleeptrain.config import Config, RunConfig, SleepConfig, TextConfig
+    from sleeptrain.config import Config, RunConfig, TextConfig
 
     for section, values in changes.items():
         if not isinstance(values, dict):
@@ -139,13 +145,12 @@ def run_config(mapped: "Mapped", output: Path, folder: "Folder", changes: dict[s
     task = TextConfig()
     if (folder.path / "tokenizer.json").is_file():
         task = TextConfig(tokenizer=str(output / "tokenizer.json"), end_token=folder.end_token())
-    sleep = SleepConfig(
-        window_tokens=0, num_passes=1, schedule="predict_then_consolidate", **mapped.family.sleep
-    )
-    whole = to_dict(Config(RunConfig(output.name, str(output)), mapped.model, sleep, task))
-    window_tokens = changes.get("sleep", {}).get("window_tokens", 0)
-    if isinstance(window_tokens, int):  # anything else is refused below
-        whole["task"]["sequence_tokens"] = max(task.sequence_tokens, window_tokens)
+    whole = to_dict(Config(RunConfig(output.name, str(output)), task=task))
+    whole["model"] = to_dict(mapped.described.model)
+    usual = {"window_tokens": 0, "num_passes": 1, "schedule": "predict_then_consolidate"}
+    whole["sleep"] |= usual | mapped.described.sleep | changes.get("sleep", {})
+    if isinstance(whole["sleep"]["window_tokens"], int):  # anything else is refused below
+        whole["task"]["sequence_tokens"] = max(task.sequence_tokens, whole["sleep"]["window_tokens"])
     for section, values in changes.items():
         whole[section] |= values
     return from_dict(Config, whole)
@@ -163,10 +168,10 @@ def run_export(given: dict[str, Any]) -> None:
     found, output = restored.find(Path(settings.checkpoint)), Path(settings.output)
     beside = Path(settings.files_from) if settings.files_from else found.path.parent.parent
     with _bar(len(found.names("model"))) as tell:
-        export_checkpoint(found, output, tell, int(settings.shard_gib * 2**30))
+        sleeps = export_checkpoint(found, output, tell, int(settings.shard_gib * 2**30), settings.sleeping)
     for path in side_files(beside):
         copyfile(path, output / path.name)
-    print(f"wrote {output}")
+    print(f"wrote {output}: {'it sleeps, by its own modelling file' if sleeps else 'as it was imported'}")
 
 
 @contextmanager

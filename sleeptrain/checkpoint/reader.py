@@ -44,8 +44,12 @@ class Checkpoint:
         return list(self._groups.get(group, {}))
 
     def shape(self, group: str, name: str) -> tuple[int, ...]:
-        """Of the whole tensor. A tensor that is not there is a KeyError, here and in ``read``."""
+        """Of the whole tensor. A tensor that is not there is a KeyError, here and below."""
         return self._entry(group, name).shape
+
+    def dtype(self, group: str, name: str) -> str:
+        """As torch calls it."""
+        return self._entry(group, name).dtype
 
     def read(
         self, group: str, name: str, box: Box | None = None, start: int = 0, stop: int | None = None

@@ -4,8 +4,7 @@ A family is data and two small functions; nothing of it computes. Sources of the
 weight names of the public repositories, and the modelling code of transformers for what it ships.
 """
 
-from collections.abc import Callable, Iterator, Mapping
-from types import MappingProxyType
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NamedTuple
 
 from sleeptrain.checkpoint.huggingface.fields import Fields
@@ -21,21 +20,21 @@ _QKVO = ("q_proj", "k_proj", "v_proj", "o_proj")
 
 
 class Family(NamedTuple):
-    """``model`` reads a config.json, ``mixer`` gives the pairs of a block's mixer, ``norms`` the names of a
-    block's norms, theirs to ours.
+    """``model`` reads a config.json, ``mixer`` gives the pairs of a block's mixer (None: all tensors are
+    called as they are here), ``norms`` the names of a block's norms, theirs to ours.
 
     ``kept``: tensors that no block here computes with, stored with the checkpoint and written back.
     ``left_out``: those that are dropped. ``renamed``: regular expressions for names that a file may have
-    instead. ``sleep``: settings of the sleep loop that go with it.
+    instead. ``sleep`` reads the settings of the sleep loop that go with it.
     """
 
     model: Callable[[Fields], dict[str, Any]]
-    mixer: Callable[[ModelConfig, BlockSpec, str, str], Iterator[Pair]]
+    mixer: Callable[[ModelConfig, BlockSpec, str, str], Iterator[Pair]] | None
     norms: Callable[[BlockSpec], dict[str, str]] = lambda spec: _NORMS
     kept: tuple[str, ...] = ()
     left_out: tuple[str, ...] = ("*.rotary_emb.inv_freq",)
     renamed: tuple[tuple[str, str], ...] = ()
-    sleep: Mapping[str, Any] = MappingProxyType({})
+    sleep: Callable[[Fields], dict[str, Any]] = lambda fields: {}
 
 
 def family_of(fields: Fields) -> tuple[Family, Fields]:
@@ -50,6 +49,8 @@ def family_of(fields: Fields) -> tuple[Family, Fields]:
 
 def model_config(family: Family, fields: Fields, is_tied: bool) -> ModelConfig:
     """``is_tied`` counts where the config.json does not say whether the head is the embedding."""
+    if family.mixer is None:
+        return from_dict(ModelConfig, family.model(fields), "model.")
     vocab_size = fields.get("vocab_size")
     std = float(fields.get("initializer_range", 0.02))
     common = {
@@ -69,8 +70,10 @@ def model_config(family: Family, fields: Fields, is_tied: bool) -> ModelConfig:
     return from_dict(ModelConfig, values, "model.")
 
 
-def pairs_of(family: Family, config: ModelConfig) -> list[Pair]:
-    """Every weight of ours once, in the order in which a checkpoint is written."""
+def pairs_of(family: Family, config: ModelConfig, names: Iterable[str]) -> list[Pair]:
+    """Every weight of ours (``names``) once, in the order in which a checkpoint is written."""
+    if family.mixer is None:
+        return [pair(name, name) for name in names]
     pairs = [pair("model.embed_tokens.weight", "embed.weight")]
     for i, spec in enumerate(config.blocks):
         theirs, ours = f"model.layers.{i}.", f"stack.blocks.{i}."
@@ -269,6 +272,15 @@ def _olmo_hybrid_mixer(config: ModelConfig, spec: BlockSpec, theirs: str, ours: 
         yield pair(f"{theirs}{letter}_norm.weight", f"{ours}{letter}_width_norm.weight")
 
 
+# What the export of a sleeping model writes: our settings and our names (sleeping.py).
+
+SLEEPING = "sleeptrain"
+_SLEEPING = Family(
+    lambda fields: fields.inside("model").values,
+    mixer=None,
+    sleep=lambda fields: fields.inside("sleep").values,
+)
+
 _QWEN3_5 = Family(
     _qwen3_5,
     _qwen3_5_mixer,
@@ -280,12 +292,13 @@ FAMILIES: dict[str, Family] = {
     "llama": Family(_llama, _attention),
     "qwen2": Family(_qwen2, _attention),
     "qwen3": Family(_qwen3, _attention),
+    SLEEPING: _SLEEPING,
     "ouro": Family(
         _ouro,
         _attention,
         norms=lambda spec: _SANDWICH,
         kept=("model.early_exit_gate.*",),
-        sleep={"norm_between_passes": True},
+        sleep=lambda fields: {"norm_between_passes": True},
     ),
     "jet_nemotron": Family(_jet_nemotron, _jet_or_attention),
     "qwen3_5": _QWEN3_5,

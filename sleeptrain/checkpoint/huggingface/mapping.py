@@ -19,12 +19,19 @@ HEAD = "lm_head.weight"
 _MOST_SHOWN = 20
 
 
+class Described(NamedTuple):
+    """What a config.json says: ``sleep`` are the settings of the sleep loop that it has, or implies."""
+
+    family: Family
+    model: ModelConfig
+    sleep: dict[str, Any]
+
+
 class Mapped(NamedTuple):
     """``names``: what a tensor is called in the folder. ``kept`` and ``left_out``: tensors that are no weight
     here, by the names that they have there. ``shapes``: of our weights."""
 
-    family: Family
-    model: ModelConfig
+    described: "Described"
     pairs: list[Pair]
     names: dict[str, str]
     kept: list[str]
@@ -37,14 +44,14 @@ class Mapped(NamedTuple):
         return sum(torch.Size(shape).numel() for shape in self.shapes.values())
 
 
-def read_config(config: dict[str, Any], where: str, has_head: bool) -> tuple[Family, ModelConfig]:
+def read_config(config: dict[str, Any], where: str, has_head: bool) -> Described:
     """What a config.json describes; ``has_head``: whether a head of its own lies beside it. Raises
     ConfigError where it describes nothing that is known here."""
     fields = Fields(config, where)
     try:
         family, section = family_of(fields)
         is_tied = bool(fields.get("tie_word_embeddings", not has_head))
-        return family, model_config(family, section, is_tied)
+        return Described(family, model_config(family, section, is_tied), family.sleep(section))
     except ConfigError:
         raise
     except (TypeError, ValueError, AttributeError, ArithmeticError) as error:
@@ -53,12 +60,15 @@ def read_config(config: dict[str, Any], where: str, has_head: bool) -> tuple[Fam
 
 def map_folder(folder: Folder) -> Mapped:
     """Raises ConfigError with all that is missing, unexpected or of another shape."""
-    family, model = read_config(folder.config, str(folder.path), HEAD in folder.tensors)
+    described = read_config(folder.config, str(folder.path), HEAD in folder.tensors)
+    family, model, sleep = described
     renamed = {_renamed(family, name): name for name in folder.tensors}
-    pairs, shapes = pairs_of(family, model), weight_shapes(model)
+    shapes = weight_shapes(model, bool(sleep.get("learned_initial_state")))
+    pairs = pairs_of(family, model, shapes)
     names = {name: renamed.pop(name, name) for pair in pairs for name in pair.theirs}
     kept = _taken(renamed, family.kept)
-    left_out = _taken(renamed, family.left_out + ((HEAD,) if model.tie_embeddings else ()))
+    may_repeat = model.tie_embeddings and family.mixer is not None
+    left_out = _taken(renamed, family.left_out + ((HEAD,) if may_repeat else ()))
     if model.tie_embeddings and HEAD in left_out:
         _require_tied(folder, names["model.embed_tokens.weight"])
     problems = [("missing", sorted(name for name in names.values() if name not in folder.tensors))]
@@ -67,13 +77,14 @@ def map_folder(folder: Folder) -> Mapped:
     if any(found for _, found in problems):
         told = "; ".join(f"{len(found)} {what} ({_listed(found)})" for what, found in problems if found)
         raise ConfigError(f"the tensors in {folder.path} do not fit its config.json: {told}; fetch it again")
-    return Mapped(family, model, pairs, names, kept, left_out, shapes)
+    return Mapped(described, pairs, names, kept, left_out, shapes)
 
 
-def weight_shapes(model: ModelConfig) -> dict[str, Shape]:
+def weight_shapes(model: ModelConfig, learned_initial_state: bool = False) -> dict[str, Shape]:
     """Of every weight of ours, in a vocabulary of ``model.vocab_multiple``."""
+    sleep = SleepConfig(window_tokens=0, num_passes=1, learned_initial_state=learned_initial_state)
     with torch.device("meta"):
-        whole = SleepModel(model, SleepConfig(window_tokens=0, num_passes=1), model.vocab_multiple)
+        whole = SleepModel(model, sleep, model.vocab_multiple)
     return {name: tuple(parameter.shape) for name, parameter in whole.named_parameters()}
 
 

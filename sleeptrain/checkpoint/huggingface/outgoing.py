@@ -1,4 +1,5 @@
-"""Export: a checkpoint of a model that was imported becomes a Hugging Face folder again, shard by shard."""
+"""Export: a checkpoint becomes a Hugging Face folder, shard by shard: again where it was imported from one,
+else one that sleeps (``sleeping.py``)."""
 
 import json
 from collections.abc import Callable, Iterator
@@ -12,10 +13,11 @@ from torch import Tensor
 
 from sleeptrain.checkpoint.durable import write_new
 from sleeptrain.checkpoint.huggingface.card import model_card
-from sleeptrain.checkpoint.huggingface.families import pairs_of
+from sleeptrain.checkpoint.huggingface.families import SLEEPING, pairs_of
 from sleeptrain.checkpoint.huggingface.folder import CARD, CONFIG, INDEX
 from sleeptrain.checkpoint.huggingface.incoming import from_text
-from sleeptrain.checkpoint.huggingface.mapping import read_config
+from sleeptrain.checkpoint.huggingface.mapping import Described, read_config
+from sleeptrain.checkpoint.huggingface.sleeping import MODELLING_FILE, sleeping_config
 from sleeptrain.checkpoint.manifest import differences
 from sleeptrain.checkpoint.reader import Checkpoint
 from sleeptrain.config import ModelConfig
@@ -26,44 +28,48 @@ ORIGIN = "origin"
 
 
 def export_checkpoint(
-    checkpoint: Checkpoint, output: Path, tell: Callable[[str], None], shard_bytes: int = SHARD_BYTES
-) -> None:
-    """Writes config.json, safetensors and a model card. Raises ConfigError where the model did not come from
-    such a folder or is no longer of its architecture, RunError where the disk cannot take it."""
+    checkpoint: Checkpoint,
+    output: Path,
+    tell: Callable[[str], None],
+    shard_bytes: int = SHARD_BYTES,
+    sleeping: bool = False,
+) -> bool:
+    """Writes config.json, safetensors and a model card; returns whether it is a folder that sleeps.
+
+    A model that was imported, and still is what its config.json describes, is written back as it came unless
+    ``sleeping``; any other one sleeps, and its modelling file is written, too. Raises ConfigError where that
+    cannot be, RunError where the disk cannot take it.
+    """
     origin = checkpoint.documents.get(ORIGIN)
-    if origin is None:
-        raise ConfigError(
-            f"{checkpoint.path} does not stem from a Hugging Face folder, so no config.json describes it; "
-            "export a model that was imported"
-        )
-    saved = from_dict(ModelConfig, checkpoint.documents["config"]["model"], "model.")
-    family, model = read_config(origin["config"], origin["name"], "head.weight" in checkpoint.names("model"))
-    _require_same(model, saved)
+    described = None if origin is None or sleeping else _still_described(checkpoint, origin)
     if output.exists() and any(output.iterdir()):
         raise ConfigError(f"output={output} is not empty; choose another folder")
-    names, dtypes = origin["names"], origin["dtypes"]
-
-    def tensors() -> Iterator[tuple[str, Tensor]]:
-        for pair in pairs_of(family, model):
-            tell(pair.theirs[0])
-            ours = [checkpoint.read("model", own) for own in pair.ours]
-            rows = [origin["rows"][theirs] for theirs in pair.theirs if theirs in origin["rows"]]
-            for usual, tensor in pair.join(ours, rows).items():
-                name = names.get(usual, usual)
-                yield name, tensor.to(getattr(torch, dtypes.get(name, origin["dtype"])))
-        for name, said in origin["kept"].items():
-            yield name, from_text(said)
-
+    if origin is not None and described is not None:
+        config, tensors = origin["config"], _as_it_came(checkpoint, origin, described, tell)
+    else:
+        config, tensors = sleeping_config(checkpoint, origin), _as_it_is(checkpoint, tell)
+    sleeps = config["model_type"] == SLEEPING
     try:
         output.mkdir(parents=True, exist_ok=True)
-        _write_shards(output, tensors(), shard_bytes)
-        write_new(output / CARD, model_card(checkpoint, origin).encode())
-        write_new(output / CONFIG, json.dumps(origin["config"], indent=2).encode())  # without it, no model
+        _write_shards(output, tensors, shard_bytes)
+        if sleeps:
+            write_new(output / MODELLING_FILE.name, MODELLING_FILE.read_bytes())
+        write_new(output / CARD, model_card(checkpoint, origin, sleeps).encode())
+        write_new(output / CONFIG, json.dumps(config, indent=2).encode())  # without it, no model
     except OSError as error:
         raise RunError(f"{output} cannot be written: {reason_of(error)}") from error
+    return sleeps
 
 
-def _require_same(described: ModelConfig, saved: ModelConfig) -> None:
+def _still_described(checkpoint: Checkpoint, origin: dict[str, Any]) -> Described | None:
+    """What the config.json of its origin says of the model; None where it has become another one."""
+    described = read_config(origin["config"], origin["name"], "head.weight" in checkpoint.names("model"))
+    saved = from_dict(ModelConfig, checkpoint.documents["config"]["model"], "model.")
+    is_same = described.family.mixer is not None and _predicts_alike(described.model, saved)
+    return described if is_same else None
+
+
+def _predicts_alike(described: ModelConfig, saved: ModelConfig) -> bool:
     """Apart from what does not shape a prediction of one pass."""
     free: dict[str, Any] = {
         name: getattr(described, name)
@@ -73,12 +79,30 @@ def _require_same(described: ModelConfig, saved: ModelConfig) -> None:
         "pattern": " ".join(saved.pattern.split() * saved.pattern_repeats),
         "pattern_repeats": 1,
     }
-    changed = differences(to_dict(described), to_dict(replace(saved, **free, **same)))
-    if changed:
-        raise ConfigError(
-            f"the model is no longer what its config.json describes ({'; '.join(changed)}), and transformers "
-            "has no architecture for it; keep it as a checkpoint"
-        )
+    return not differences(to_dict(described), to_dict(replace(saved, **free, **same)))
+
+
+def _as_it_came(
+    checkpoint: Checkpoint, origin: dict[str, Any], described: Described, tell: Callable[[str], None]
+) -> Iterator[tuple[str, Tensor]]:
+    """Under the names, in the types and beside the other tensors of the origin."""
+    names, dtypes = origin["names"], origin["dtypes"]
+    for pair in pairs_of(described.family, described.model, checkpoint.names("model")):
+        tell(pair.theirs[0])
+        ours = [checkpoint.read("model", own) for own in pair.ours]
+        rows = [origin["rows"][theirs] for theirs in pair.theirs if theirs in origin["rows"]]
+        for usual, tensor in pair.join(ours, rows).items():
+            name = names.get(usual, usual)
+            yield name, tensor.to(getattr(torch, dtypes.get(name, origin["dtype"])))
+    for name, said in origin["kept"].items():
+        yield name, from_text(said)
+
+
+def _as_it_is(checkpoint: Checkpoint, tell: Callable[[str], None]) -> Iterator[tuple[str, Tensor]]:
+    """Our names and types."""
+    for name in checkpoint.names("model"):
+        tell(name)
+        yield name, checkpoint.read("model", name)
 
 
 def _write_shards(output: Path, tensors: Iterator[tuple[str, Tensor]], shard_bytes: int) -> None:
