@@ -109,7 +109,8 @@ def _rows_of(point: Point, config: Config, result: Row) -> list[Row]:
             "eval_passes": one["num_passes"],
             "difficulty": one["difficulty"],
             "stop": stop,
-            "passes": one["metrics"].get("passes", one["num_passes"]),
+            # Without a rule all N are made, also where a learned halting mixes what they leave.
+            "passes": one["metrics"]["passes"] if stop else one["num_passes"],
             "as_trained": one["num_passes"] == config.sleep.num_passes and not stop,
         }
         rows += [shared | where | {"metric": name, "value": value} for name, value in one["metrics"].items()]

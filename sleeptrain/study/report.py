@@ -18,7 +18,7 @@ from sleeptrain.study.collect import COST, Data, Row, to_csv, values_of
 from sleeptrain.study.page import Page, Part, Picture, Points, Section, Table, Text
 from sleeptrain.study.plan import Plan
 from sleeptrain.study.spec import NUM_PASSES, Asked, Curve, to_yaml
-from sleeptrain.study.statistics import Paired
+from sleeptrain.study.statistics import Paired, estimate
 
 READING = (
     "Values are means over seeds with the 95 % interval of the mean (Student's t), which is wide where there "
@@ -222,9 +222,27 @@ def _adaptive(r: Reporter) -> Made:
         if row[NUM_PASSES] == most and row["eval_passes"] <= most:
             kind = _KINDS[row["stop"].partition(" ")[0]]
             lines.setdefault(", ".join(part for part in (row["arm"], kind) if part), []).append(row)
-    title = f"When each sequence stops by itself; trained with N = {most}"
+    title = f"Trained with N = {most}"
     figures.draw_passes_made(lines, r.data.difficulty_name, r.path("adaptive.svg"), title)
-    yield "Passes only as long as they help", [Text(_ADAPTIVE), r.picture("adaptive.svg", _ADAPTIVE_CAPTION)]
+    parts: list[Part] = [Text(_ADAPTIVE), r.picture("adaptive.svg", _ADAPTIVE_CAPTION)]
+    headings = ["model", "stops", "passes", "value"]
+    for difficulty in sorted({row["difficulty"] for row in rows}):
+        where = words.value("difficulty", difficulty, r.data.difficulty_name)
+        table = list(_stops(lines, difficulty))
+        parts.append(Table(headings, table, f"{_capital(study.metric)} at {where}."))
+    yield "Passes only as long as they help", parts
+
+
+def _stops(lines: dict[str, list[Row]], difficulty: Any) -> Iterator[list[str]]:
+    """A row of the table for each N and each rule of each line."""
+    for label, rows in lines.items():
+        ways: dict[tuple[str, int], list[Row]] = {}
+        for row in rows:
+            if row["difficulty"] == difficulty:
+                ways.setdefault((row["stop"], row["eval_passes"]), []).append(row)
+        for (stop, num_passes), of_one in ways.items():
+            passes, value = (estimate([row[key] for row in of_one]) for key in ("passes", "value"))
+            yield [label, stop or f"after N = {num_passes}", f"{passes.mean:.2f}", str(value)]
 
 
 _KINDS = {"": "fixed N", "tolerance": "until the state settles", "threshold": "learned halting"}
