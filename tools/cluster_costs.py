@@ -17,7 +17,7 @@ from sleeptrain.config import Config, DataConfig, ParallelConfig
 from sleeptrain.model.flops import FLOAT32_BYTES, fixed_bytes
 from sleeptrain.model.visits import plan, require_passes
 from sleeptrain.parallel.check import check_degrees
-from sleeptrain.parallel.layout import RankBytes, bucket_elements, micro_batch_of, rank_bytes
+from sleeptrain.parallel.layout import bucket_elements, micro_batch_of
 from sleeptrain.parallel.topology import check_world
 from sleeptrain.schema import ConfigError
 
@@ -56,7 +56,8 @@ class Step(NamedTuple):
     num_micro: int
     replicas: int
     batch_tokens: int
-    memory: RankBytes
+    rank_bytes: int  # on the fullest rank
+    weight_bytes: int  # on the rank with most of them
 
     @property
     def seconds(self) -> float:
@@ -142,7 +143,7 @@ def with_passes(config: Config, num_passes: int) -> Config:
 def step_of(config: Config, run: estimate.Run, replicas: int, cluster: Cluster) -> Step:
     """The step of a laid-out run, nothing of its messages hidden behind computation."""
     num_stages, rows = config.parallel.pipeline_size, config.data.batch_sequences // replicas
-    memory = fullest_rank(config, run, replicas)
+    of_stages = estimate.ranks_of_stages(config, run, replicas)
     num_micro = rows // micro_batch_of(config, rows)
     num_visits = len(plan(run.windows, config.sleep.num_passes, config.model, config.sleep))
     compute = num_micro * max(
@@ -150,16 +151,11 @@ def step_of(config: Config, run: estimate.Run, replicas: int, cluster: Cluster) 
         estimate.BLOCK_SECONDS * num_visits * len(config.model.blocks) / num_stages,
     )
     bubble = bubble_share(num_stages, num_micro, num_visits)
-    tensor, data = traffic_seconds(config, run, replicas, memory, cluster)
+    tensor, data = traffic_seconds(config, run, replicas, max(rank.gradients for rank in of_stages), cluster)
     idle = compute * bubble / (1 - bubble)
     tokens = config.data.batch_sequences * run.sequence_tokens
-    return Step(compute, idle, tensor, data, num_visits, num_micro, replicas, tokens, memory)
-
-
-def fullest_rank(config: Config, run: estimate.Run, replicas: int) -> RankBytes:
-    stages = range(config.parallel.pipeline_size)
-    needs = (rank_bytes(config, run.vocab_size, run.windows, replicas, stage) for stage in stages)
-    return max(needs, key=lambda memory: memory.total)
+    most, weights = max(rank.total for rank in of_stages), max(rank.weights for rank in of_stages)
+    return Step(compute, idle, tensor, data, num_visits, num_micro, replicas, tokens, most, weights)
 
 
 def flops_of_sequence(config: Config, run: estimate.Run) -> float:
@@ -172,22 +168,22 @@ def flops_of_sequence(config: Config, run: estimate.Run) -> float:
 
 
 def traffic_seconds(
-    config: Config, run: estimate.Run, replicas: int, memory: RankBytes, cluster: Cluster
+    config: Config, run: estimate.Run, replicas: int, gradients: int, cluster: Cluster
 ) -> tuple[float, float]:
     """Sums over tensor ranks, and what replicas send each other; the latter in buckets, each of which passes
     replicas - 1 hops, a replica's part of it at a time."""
     rows = config.data.batch_sequences // replicas
     alone = replace(config, data=replace(config.data, batch_sequences=rows, num_streams=None))
-    tensor = estimate.message_seconds(alone, run, 1, memory)
-    sending = estimate.message_seconds(config, run, replicas, memory) - tensor
+    tensor = estimate.message_seconds(alone, run, 1, gradients)
+    sending = estimate.message_seconds(config, run, replicas, gradients) - tensor
     if replicas == 1:
         return tensor, 0.0
     gpus = replicas * config.parallel.tensor_size * config.parallel.pipeline_size
     is_near = gpus <= estimate.NODE
     speed = estimate.NEAR_BYTES_PER_SECOND if is_near else estimate.FAR_BYTES_PER_SECOND
-    bucket_bytes = memory.gradients
+    bucket_bytes = gradients
     if config.parallel.zero_stage:
-        bucket_bytes = FLOAT32_BYTES * bucket_elements(memory.gradients // FLOAT32_BYTES)
+        bucket_bytes = FLOAT32_BYTES * bucket_elements(gradients // FLOAT32_BYTES)
     return tensor, sending * (1 + replicas * cluster.hop_seconds * speed / bucket_bytes)
 
 
@@ -201,7 +197,7 @@ def faults_of(config: Config, run: estimate.Run, step: Step, gpus: int, cluster:
         stall = cluster.save_overhead_seconds + STALL_OVER_COPY * saved / cluster.copy_bytes_per_second
     load = cluster.load_seconds
     if load is None:
-        load = (step.memory.weights + of_model.optimizer / gpus) / cluster.storage_bytes_per_second
+        load = (step.weight_bytes + of_model.optimizer / gpus) / cluster.storage_bytes_per_second
     recovery = cluster.detect_seconds + cluster.restart_seconds + load + cluster.first_step_seconds
     durable = saved / cluster.storage_bytes_per_second
     return Faults(stall, durable, recovery, cluster.mtbf_gpu_hours * 3600 / gpus)

@@ -220,8 +220,7 @@ def divisors(number: int) -> list[int]:
 def judge(config: Config, run: Run, replicas: int) -> Candidate:
     """Memory of the fullest rank, and the cost of a step."""
     num_stages = config.parallel.pipeline_size
-    of_stages = [rank_bytes(config, run.vocab_size, run.windows, replicas, s) for s in range(num_stages)]
-    memory = max(of_stages, key=lambda rank: rank.total)
+    of_stages = ranks_of_stages(config, run, replicas)
     rows = config.data.batch_sequences // replicas
     num_micro = rows // micro_batch_of(config, rows)
     num_visits = len(plan(run.windows, config.sleep.num_passes, config.model, config.sleep))
@@ -231,8 +230,16 @@ def judge(config: Config, run: Run, replicas: int) -> Candidate:
     flops = max(stage_flops(key, run.vocab_size, tuple(run.windows), stage) for stage in range(num_stages))
     launching = BLOCK_SECONDS * num_visits * len(config.model.blocks) / num_stages
     compute = num_micro * max(rows / num_micro * flops / FLOPS_PER_SECOND, launching)
-    seconds = compute / (1 - bubble) + message_seconds(config, run, replicas, memory)
-    return Candidate(config, replicas, num_micro, memory, bubble, seconds)
+    gradients = max(rank.gradients for rank in of_stages)
+    seconds = compute / (1 - bubble) + message_seconds(config, run, replicas, gradients)
+    fullest = max(of_stages, key=lambda rank: rank.total)
+    return Candidate(config, replicas, num_micro, fullest, bubble, seconds)
+
+
+def ranks_of_stages(config: Config, run: Run, replicas: int) -> list[RankBytes]:
+    """What a rank of each stage needs, in the first replica."""
+    stages = range(config.parallel.pipeline_size)
+    return [rank_bytes(config, run.vocab_size, run.windows, replicas, stage) for stage in stages]
 
 
 @lru_cache(maxsize=1024)
@@ -243,9 +250,9 @@ def stage_flops(config: Config, vocab_size: int, windows: tuple[Window, ...], st
     return training_flops(part, config.sleep, windows, visits, of_rank).hardware
 
 
-def message_seconds(config: Config, run: Run, replicas: int, memory: RankBytes) -> float:
+def message_seconds(config: Config, run: Run, replicas: int, gradients: int) -> float:
     """Sums over tensor ranks (two forward and two backward in a block, two more where it is computed again)
-    and over replicas: what a rank sends at the speed of the links between them."""
+    and over replicas, of so many bytes of ``gradients``: what a rank sends at the speed of the links."""
     parallel, rows = config.parallel, config.data.batch_sequences // replicas
     tensor, seconds = parallel.tensor_size, 0.0
     if tensor > 1:
@@ -259,7 +266,7 @@ def message_seconds(config: Config, run: Run, replicas: int, memory: RankBytes) 
         trips = {0: 2, 1: 3, 2: 3, 3: 1 + 2 * rows // micro_batch_of(config, rows)}[parallel.zero_stage]
         is_near = tensor * parallel.pipeline_size * replicas <= NODE
         speed = NEAR_BYTES_PER_SECOND if is_near else FAR_BYTES_PER_SECOND
-        seconds += trips * (replicas - 1) / replicas * memory.gradients / speed
+        seconds += trips * (replicas - 1) / replicas * gradients / speed
     return seconds
 
 

@@ -230,7 +230,7 @@ def gpus_table(points: Sequence[Point]) -> str:
     ]
     for p in points:
         rows.append(
-            [str(p.gpus), f"{p.step.memory.total / 2**30:.1f}", f"{p.step.seconds:.3g}", *shares(p.step)]
+            [str(p.gpus), f"{p.step.rank_bytes / 2**30:.1f}", f"{p.step.seconds:.3g}", *shares(p.step)]
         )
         rows[-1] += [f"{p.faults.mtbf / 3600:.3g}", f"{p.faults.stall:.2f}", f"{p.faults.recovery:.0f}"]
         rows[-1] += [interval_of(p), f"{100 * p.goodput:.2f}", f"{p.tokens_per_second:.3g}"]
