@@ -42,7 +42,7 @@ study: .venv/.stamp  ## accuracy over N at equal tokens, FLOPs and time, with it
 	python -m sleeptrain.study study=rule110_n study.scale=cpu_minutes $(ARGS)
 
 bench: .venv/.stamp-bench  ## measure against the peers on a CPU, one figure per file of tools/bench
-	@for file in $(filter-out %/measure.py %/goodput.py %/gdn_gpu.py, $(wildcard tools/bench/*.py)); do echo "python $$file"; python $$file || exit; done
+	@for file in $(filter-out %/measure.py %/goodput.py %/gdn_gpu.py %/train_gpu.py, $(wildcard tools/bench/*.py)); do echo "python $$file"; python $$file || exit; done
 
 # A stamp is written only after pip succeeded, so a failed install is tried again; it counts for nothing where the
 # Python below .venv no longer runs.

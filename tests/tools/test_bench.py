@@ -9,6 +9,10 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
+
+from sleeptrain.config import ModelConfig
+from sleeptrain.schema import from_dict, to_dict
 
 ROOT = Path(__file__).parents[2]
 BENCH = ROOT / "tools" / "bench"
@@ -116,7 +120,7 @@ def test_parallel_overhead_compares_equal_gradients():
     "name",
     [
         *("gdn_cpu", "step_overhead", "passes", "tasks", "pipeline_bubble", "parallel_overhead", "shards"),
-        *("latency", "goodput", "gdn_gpu"),
+        *("latency", "goodput", "gdn_gpu", "train_gpu"),
     ],
 )
 def test_help_explains_the_figure(name, monkeypatch, capsys):
@@ -131,10 +135,28 @@ def test_help_explains_the_figure(name, monkeypatch, capsys):
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a device to measure")
-def test_gdn_gpu_refuses_to_measure_a_cpu() -> None:
-    done = run("gdn_gpu", "--quick")
+@pytest.mark.parametrize(("name", "arguments"), [("gdn_gpu", ["--quick"]), ("train_gpu", [])])
+def test_those_of_a_gpu_refuse_to_measure_a_cpu(name: str, arguments: list[str]) -> None:
+    done = run(name, *arguments)
     assert done.returncode == 2
-    assert done.stderr == "error: gdn_gpu.py measures a CUDA device, and torch sees none here\n"
+    assert done.stderr == f"error: {name}.py measures a CUDA device, and torch sees none here\n"
+
+
+def test_train_gpu_shows_every_setting_and_traces_a_step(tmp_path: Path) -> None:
+    done = run("train_gpu", "--quick", "--rounds", "1", "--profile", str(tmp_path))
+    assert done.returncode == 0, done.stderr
+    for window_tokens in (12, 24):
+        for policy in ("pass", "none"):
+            table = done.stdout.partition(f"windows of {window_tokens}, checkpointing {policy}\n")[2]
+            assert [line.split()[0] for line in table.splitlines()[:3]] == ["N", "1", "2"]
+    assert (tmp_path / "step_n2_window24_pass.json").stat().st_size > 1000
+
+
+def test_train_gpu_measures_the_model_of_the_configs(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(BENCH)
+    script = runpy.run_path(str(BENCH / "train_gpu.py"))
+    values = yaml.safe_load((ROOT / "configs" / "model" / "ouro_1b4_jet.yaml").read_text())
+    assert script["OURO_JET"] == from_dict(ModelConfig, to_dict(ModelConfig()) | values, "model.")
 
 
 def test_ray_overhead_compares_the_same_run() -> None:
