@@ -23,13 +23,12 @@ lint: .venv/.stamp  ## style, types and import layers
 	lint-imports
 
 test test-more soak: export OMP_NUM_THREADS := 1
-MORE_PROCESSES := $(shell echo $$(( $$(nproc) + 1 )))# one more than cores: many of these tests wait for daemons
 
 test: .venv/.stamp  ## the fast tests
 	python -m pytest -m "not more and not slow and not gpu" $(ARGS)
 
 test-more: .venv/.stamp-bench  ## the longer tests of CI; brings the peers of the benchmarks, and lm-eval
-	python -m pytest -n $(MORE_PROCESSES) -m "more and not slow and not gpu" --durations=40 $(ARGS)
+	python -m pytest -m "more and not slow and not gpu" --durations=40 $(ARGS)
 
 soak: .venv/.stamp  ## effective training time under 20 kills (an hour), then more kills than CI has time for
 	python tools/bench/goodput.py

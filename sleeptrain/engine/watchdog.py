@@ -45,7 +45,7 @@ class Watchdog:
             self._thread.start()
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         if not self.timeout_seconds:
             return
         self._over = True
@@ -56,7 +56,8 @@ class Watchdog:
         faulthandler.cancel_dump_traceback_later()
         self._stacks.close()
         path = Path(self._stacks.name)
-        if not path.stat().st_size:
+        # Who is refused, since another process trains in this folder, must not take that one's file away.
+        if kind is None and path.exists() and not path.stat().st_size:
             path.unlink()
 
     def _watch(self) -> None:

@@ -118,6 +118,14 @@ def test_nothing_is_left_of_a_watchdog_that_was_left(tmp_path: Path) -> None:
     assert not (tmp_path / "stacks_rank_0.txt").exists()
 
 
+def test_who_is_refused_leaves_the_file_of_who_is_at_work(tmp_path: Path) -> None:
+    with Watchdog(60, tmp_path, 0):
+        with pytest.raises(ConfigError), Watchdog(60, tmp_path, 0):
+            raise ConfigError("the run folder is in use")
+        assert (tmp_path / "stacks_rank_0.txt").exists()
+    assert not (tmp_path / "stacks_rank_0.txt").exists()
+
+
 def test_leaving_a_watchdog_raises_no_alarm_for_the_ranks_still_at_work(tmp_path: Path) -> None:
     def leave() -> None:
         dist.init_process_group("gloo", init_method=f"file://{tmp_path}/meet", rank=0, world_size=1)

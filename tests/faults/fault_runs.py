@@ -15,6 +15,7 @@ import threading
 import time
 import traceback
 from collections.abc import Callable, Sequence
+from multiprocessing import forkserver
 from pathlib import Path
 from typing import Any
 
@@ -235,6 +236,7 @@ def _run(folder: Path, settings: list[str], sabotage: Sabotage, moment: Moment) 
     """In the child: never returns."""
     code = 98
     try:
+        forkserver._forkserver.__init__()  # type: ignore[attr-defined,misc]  # that of the test is no child of this one
         output = output_path(folder).open("a", buffering=1)
         os.dup2(output.fileno(), 1)
         os.dup2(output.fileno(), 2)
