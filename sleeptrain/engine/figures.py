@@ -7,7 +7,7 @@ from typing import Any
 def draw_learning_curve(rows: list[dict[str, Any]], folder: Path, title: str) -> list[Path]:
     """Training loss, and every held-out metric by difficulty and N, over steps; as SVG and PNG in
     ``folder``."""
-    from matplotlib.figure import Figure  # without pyplot, which takes a second to import and is for windows
+    from matplotlib.figure import Figure  # without pyplot, which is for windows on a screen
 
     curves = _curves(rows)
     panels = ["train/loss", *sorted({name.split("/")[1] for name in curves if name.count("/") == 3})]

@@ -171,6 +171,15 @@ def values_of(rows: Iterable[Row], column: str) -> list[Any]:
     return found if any(isinstance(value, str) for value in found) else sorted(found)
 
 
+def by_way(rows: Iterable[Row], difficulty: Any) -> dict[tuple[str, int], list[Row]]:
+    """Rows of a difficulty by what ends a sleep: the rule (empty: none), and the most passes."""
+    ways: dict[tuple[str, int], list[Row]] = {}
+    for row in rows:
+        if row["difficulty"] == difficulty:
+            ways.setdefault((row["stop"], row["eval_passes"]), []).append(row)
+    return ways
+
+
 def by_value(rows: Iterable[Row], column: str) -> dict[Any, list[Row]]:
     rows = list(rows)
     return {value: [row for row in rows if row.get(column) == value] for value in values_of(rows, column)}

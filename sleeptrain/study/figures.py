@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter
 
 from sleeptrain.study import words
-from sleeptrain.study.collect import Data, Row, by_value, values_of
+from sleeptrain.study.collect import Data, Row, by_value, by_way, values_of
 from sleeptrain.study.spec import NUM_PASSES, Curve
 from sleeptrain.study.statistics import Estimate, estimate
 
@@ -125,13 +125,9 @@ def draw_passes_made(
     with _figure(len(difficulties), path, title) as axes:
         for axis, difficulty in zip(axes, difficulties):
             for index, (label, rows) in enumerate(lines.items()):
-                settings: dict[Any, list[Row]] = {}
-                for row in rows:
-                    if row["difficulty"] == difficulty:
-                        settings.setdefault((row["stop"], row["eval_passes"]), []).append(row)
                 places = sorted(
                     tuple(estimate([row[key] for row in of_one]).mean for key in ("passes", "value"))
-                    for of_one in settings.values()
+                    for of_one in by_way(rows, difficulty).values()
                 )
                 axis.plot(*zip(*places), color=COLOURS[index], marker=MARKERS[index], label=label)
             axis.set_xlabel("passes made over a window, mean")

@@ -14,7 +14,7 @@ import torch
 from sleeptrain.checkpoint.durable import replace_file
 from sleeptrain.pretrain import CONFIGS
 from sleeptrain.study import figures, page, verdict, words
-from sleeptrain.study.collect import COST, Data, Row, to_csv, values_of
+from sleeptrain.study.collect import COST, Data, Row, by_way, to_csv, values_of
 from sleeptrain.study.page import Page, Part, Picture, Points, Section, Table, Text
 from sleeptrain.study.plan import Plan
 from sleeptrain.study.spec import NUM_PASSES, Asked, Curve, to_yaml
@@ -236,11 +236,7 @@ def _adaptive(r: Reporter) -> Made:
 def _stops(lines: dict[str, list[Row]], difficulty: Any) -> Iterator[list[str]]:
     """A row of the table for each N and each rule of each line."""
     for label, rows in lines.items():
-        ways: dict[tuple[str, int], list[Row]] = {}
-        for row in rows:
-            if row["difficulty"] == difficulty:
-                ways.setdefault((row["stop"], row["eval_passes"]), []).append(row)
-        for (stop, num_passes), of_one in ways.items():
+        for (stop, num_passes), of_one in by_way(rows, difficulty).items():
             passes, value = (estimate([row[key] for row in of_one]) for key in ("passes", "value"))
             yield [label, stop or f"after N = {num_passes}", f"{passes.mean:.2f}", str(value)]
 
