@@ -8,11 +8,11 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 from torch.nn.utils.rnn import pad_sequence
 
+from sleeptrain.model.sizes import tokens_at_once
 from sleeptrain.session import Session, choose
 
 Ids = list[int]
 
-_MOST_LOGITS = 2**27  # at once: half a GiB of float32
 _NOTHING = -1  # where a shorter row has no target
 
 
@@ -115,6 +115,6 @@ def _cut(text: str, until: Sequence[str]) -> str:
 
 def _pieces(session: Session, rows: Sequence[Ids]) -> Iterator[list[Ids]]:
     """As much of each row at a time as there may be logits of."""
-    size = max(1, _MOST_LOGITS // session.next_logits.numel())
+    size = tokens_at_once(*session.next_logits.shape)
     for start in range(0, max(map(len, rows), default=0), size):
         yield [row[start : start + size] for row in rows]

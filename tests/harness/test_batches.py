@@ -10,6 +10,7 @@ from sleeptrain.config import TextConfig
 from sleeptrain.data.batch import make_batch
 from sleeptrain.harness import batches
 from sleeptrain.harness.batches import Writing, after_contexts, score, write
+from sleeptrain.model import sizes
 from sleeptrain.session import Session
 from sleeptrain.tasks import make_task
 
@@ -45,7 +46,7 @@ def test_a_score_is_what_the_training_forward_says(run: Path, num_passes: int) -
 def test_side_by_side_is_what_each_is_alone(
     run: Path, num_rows: int, most_logits: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(batches, "_MOST_LOGITS", most_logits)
+    monkeypatch.setattr(sizes, "LOGITS_AT_ONCE", most_logits)
     for answer, context, continuation in zip(answers(run, num_rows), CONTEXTS, CONTINUATIONS):
         alone = Session(run)
         logits = alone.feed(context + continuation)[0].log_softmax(-1)
