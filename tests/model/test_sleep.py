@@ -80,6 +80,17 @@ def test_logits_in_pieces_equal_the_plain_model(num_tokens: int, monkeypatch: py
     assert_model_is_plain(build("attn gdn", schedule="predict_then_consolidate"), batch, 2)
 
 
+@torch.no_grad()
+def test_predictions_in_pieces_are_those_of_the_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, batch = build("attn gdn"), make(2 * WINDOW - 1, [0, 1])
+    whole = model(batch, 1)
+    monkeypatch.setattr(sizes, "LOGITS_AT_ONCE", 2 * len(batch.ids) * VOCAB)
+    pieces = model(batch, 1)
+    assert torch.equal(pieces.predictions, whole.predictions)
+    assert len(whole.predictions.unique()) > 1
+    torch.testing.assert_close(pieces.nll, whole.nll)
+
+
 @pytest.mark.parametrize("is_cut", [False, True])
 def test_pieces_leave_no_logits_for_the_backward_pass(is_cut: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     model, batch, kept = build("attn gdn"), make(2 * WINDOW, [0, 1]), []
