@@ -40,7 +40,9 @@ class Watchdog:
 
     def __enter__(self) -> "Watchdog":
         if self.timeout_seconds:
-            self._stacks = (self.logs_dir / f"stacks_rank_{self.rank}.txt").open("a")
+            path = self.logs_dir / f"stacks_rank_{self.rank}.txt"
+            self._made_file = not path.exists()
+            self._stacks = path.open("a")
             self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
             self._thread.start()
         return self
@@ -57,7 +59,7 @@ class Watchdog:
         self._stacks.close()
         path = Path(self._stacks.name)
         # Who is refused, since another process trains in this folder, must not take that one's file away.
-        if kind is None and path.exists() and not path.stat().st_size:
+        if (kind is None or self._made_file) and path.exists() and not path.stat().st_size:
             path.unlink()
 
     def _watch(self) -> None:

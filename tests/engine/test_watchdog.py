@@ -126,6 +126,12 @@ def test_who_is_refused_leaves_the_file_of_who_is_at_work(tmp_path: Path) -> Non
     assert not (tmp_path / "stacks_rank_0.txt").exists()
 
 
+def test_who_is_refused_leaves_no_file_of_its_own(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError), Watchdog(60, tmp_path, 0):
+        raise ConfigError("other shards under the same name")
+    assert not list(tmp_path.iterdir())
+
+
 def test_leaving_a_watchdog_raises_no_alarm_for_the_ranks_still_at_work(tmp_path: Path) -> None:
     def leave() -> None:
         dist.init_process_group("gloo", init_method=f"file://{tmp_path}/meet", rank=0, world_size=1)
