@@ -71,6 +71,18 @@ def nested(flat: dict[str, Any]) -> dict[str, Any]:
         ({"sleep.min_passes": 3}, ["sleep.min_passes=3", "2"]),
         ({"sleep.min_passes": 0}, ["sleep.min_passes=0"]),
         ({"sleep.backprop_passes": -1}, ["sleep.backprop_passes=-1"]),
+        ({"run.cuda_graphs": True}, ["run.cuda_graphs=true", "sleep.activation_checkpointing=none", "both"]),
+        *(
+            (
+                {
+                    "run.cuda_graphs": True,
+                    "sleep.activation_checkpointing": "pass",
+                    f"parallel.{name}": value,
+                },
+                ["run.cuda_graphs=true", f"parallel.{name}={value}", f"set it to {most}"],
+            )
+            for name, value, most in (("tensor_size", 2, 1), ("pipeline_size", 2, 1), ("zero_stage", 3, 2))
+        ),
         *(
             (
                 {"sleep.halting": "learned", f"sleep.{name}": value},

@@ -17,7 +17,8 @@ from sleeptrain.config import Config, DataConfig, ParallelConfig
 from sleeptrain.model.flops import FLOAT32_BYTES, fixed_bytes
 from sleeptrain.model.visits import plan, require_passes
 from sleeptrain.parallel.check import check_degrees
-from sleeptrain.parallel.layout import bucket_elements, micro_batch_of
+from sleeptrain.parallel.layout import bucket_elements
+from sleeptrain.parallel.rows import micro_batch_of
 from sleeptrain.parallel.topology import check_world
 from sleeptrain.schema import ConfigError
 

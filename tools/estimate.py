@@ -9,8 +9,8 @@ arguments: gpus=NUMBER (1 to 4096; default 1), gpu_gib=MEMORY of each (default 8
 ``sleeptrain.pretrain`` (see its --help): experiment, model, sleep.num_passes, sleep.window_tokens, data, ...
 
 memory: weights, gradients, DeepSpeed's copy, both optimizers' moments, the activations alive at the fullest
-moment of the pipeline's schedule, messages, and room for the update (sleeptrain/parallel/layout.py; a test
-holds it against real stages). Activations count in float32; under bfloat16 autocast they are 10 to 25 %
+moment of the pipeline's schedule, messages, and room for the update (sleeptrain/parallel/rank_memory.py; a
+test holds it against real stages). Activations count in float32; under bfloat16 autocast they are 10 to 25 %
 smaller. One tenth of the GPU is left to CUDA and to fragmentation.
 
 ranking: seconds of a step = compute / (1 - bubble) + messages.
@@ -26,6 +26,7 @@ exit code: 0 it fits (or something does), 1 it does not, 2 a setting is wrong.
 
 import sys
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from functools import lru_cache
 from typing import Literal, NamedTuple
@@ -36,14 +37,9 @@ from sleeptrain.engine.plan_report import rank_table
 from sleeptrain.model.flops import FLOAT32_BYTES, training_flops
 from sleeptrain.model.visits import Window, cut, plan
 from sleeptrain.parallel.check import check_degrees
-from sleeptrain.parallel.layout import (
-    RankBytes,
-    check_tensor_size,
-    micro_batch_of,
-    model_of_rank,
-    rank_bytes,
-    visits_of_stage,
-)
+from sleeptrain.parallel.layout import check_tensor_size, model_of_rank, visits_of_stage
+from sleeptrain.parallel.rank_memory import RankBytes, rank_bytes
+from sleeptrain.parallel.rows import micro_batch_of
 from sleeptrain.pretrain import compose_config, with_tokenizer_or_bytes
 from sleeptrain.schema import ConfigError
 from sleeptrain.tasks import make_task
@@ -180,29 +176,21 @@ def of_degrees(config: Config, run: Run, tensor: int, pipeline: int, replicas: i
     """All ZeRO stages, microbatches and policies of given degrees."""
     rows = config.data.batch_sequences // replicas
     stages = [1] if replicas == 1 else [0, 1, 2] if pipeline > 1 else [0, 1, 2, 3]
-    if config.parallel.offload_optimizer or config.parallel.weights == "bfloat16":
-        stages = [stage for stage in stages if stage in (1, 2)]
     for micro in divisors(rows):
         if (rows // micro) % pipeline:
             continue
         for policy in POLICIES:
             for stage in stages:
-                parallel = replace(
-                    config.parallel,
-                    backend="auto",
-                    tensor_size=tensor,
-                    pipeline_size=pipeline,
-                    data_size=replicas,
-                    zero_stage=stage,
-                    sequence_parallel=False,
-                )
-                laid_out = replace(
-                    config,
-                    parallel=parallel,
-                    data=replace(config.data, micro_batch_sequences=micro),
-                    sleep=replace(config.sleep, activation_checkpointing=policy),
-                )
-                yield judge(laid_out, run, replicas)
+                degrees = {"tensor_size": tensor, "pipeline_size": pipeline, "data_size": replicas}
+                others = {"backend": "auto", "zero_stage": stage, "sequence_parallel": False}
+                with suppress(ConfigError):  # settings that do not go with this layout
+                    laid_out = replace(
+                        config,
+                        parallel=replace(config.parallel, **degrees, **others),
+                        data=replace(config.data, micro_batch_sequences=micro),
+                        sleep=replace(config.sleep, activation_checkpointing=policy),
+                    )
+                    yield judge(laid_out, run, replicas)
 
 
 def splits(config: Config, run: Run, tensor: int) -> bool:

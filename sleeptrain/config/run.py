@@ -36,6 +36,9 @@ class RunConfig:
         0, "CPU threads of torch; 0: torch's choice (resume on another count is not bit-equal)"
     )
     deterministic: bool = setting(True, "deterministic algorithms only")
+    cuda_graphs: bool = setting(
+        False, "record each kind of pass once and replay it; computes every pass again in the backward pass"
+    )
     check_replicas_every_steps: int = setting(
         10, "compare the bits of all replicas' weights each so many steps and before a save; 0: never"
     )
@@ -93,9 +96,30 @@ class Config:
             raise ConfigError("sleep.learned_initial_state=true needs a gdn or jet block in model.pattern")
         if self.sleep.carry_between_batches:
             self._check_carry()
+        if self.run.cuda_graphs:
+            self._check_graphs()
         if self.data.producer == "ray":
             self._check_producer_has_ray()
         self._check_workers()
+
+    def _check_graphs(self) -> None:
+        """A graph keeps no activations, and its tensors stay where they are."""
+        checkpointing, parallel = self.sleep.activation_checkpointing, self.parallel
+        if checkpointing not in ("pass", "both"):
+            raise ConfigError(
+                "run.cuda_graphs=true computes passes again in the backward pass, and "
+                f"sleep.activation_checkpointing={checkpointing} keeps them; set it to pass or both"
+            )
+        for name, value, largest in (
+            ("tensor_size", parallel.tensor_size, 1),
+            ("pipeline_size", parallel.pipeline_size, 1),
+            ("zero_stage", parallel.zero_stage, 2),
+        ):
+            if value > largest:
+                raise ConfigError(
+                    "run.cuda_graphs=true needs the whole weights of a replica in one process, and "
+                    f"parallel.{name}={value} splits them; set it to {largest}, or run.cuda_graphs=false"
+                )
 
     def _check_producer_has_ray(self) -> None:
         if self.cluster.kind != "ray":

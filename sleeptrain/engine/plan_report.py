@@ -13,7 +13,8 @@ from sleeptrain.model import flops
 from sleeptrain.model.visits import Visit, Window, cut, plan, segments_of
 from sleeptrain.optim.schedule import num_passes_at
 from sleeptrain.parallel.check import check_degrees
-from sleeptrain.parallel.layout import Share, blocks_of_stage, model_of_rank, rank_bytes, shares_of_stage
+from sleeptrain.parallel.layout import Share, blocks_of_stage, model_of_rank, shares_of_stage
+from sleeptrain.parallel.rank_memory import rank_bytes
 from sleeptrain.tasks import Task
 
 

@@ -46,7 +46,7 @@ from sleeptrain.engine.secrets import refuse_secrets
 from sleeptrain.engine.watchdog import Watchdog
 from sleeptrain.model.flops import peak_flops
 from sleeptrain.optim.schedule import lr_factor, num_passes_at
-from sleeptrain.parallel.backend import memory_backend
+from sleeptrain.parallel.backend import memory_backend, require_graphs
 from sleeptrain.parallel.place import Place, make_backend, open_place, rank_given
 from sleeptrain.schema import ConfigError, to_dict
 from sleeptrain.tasks import Task
@@ -58,6 +58,7 @@ def train(config: Config, frozen_config: str) -> int:
     refuse_secrets(config)
     check_wandb(config)
     memory_backend(config)
+    require_graphs(config)
     folder = Path(config.run.dir)
     RunLock(folder).check()
     refuse_drift(folder / "checkpoints", config)

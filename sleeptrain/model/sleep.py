@@ -19,6 +19,7 @@ from torch.utils.checkpoint import checkpoint
 from sleeptrain.config import ModelConfig, SleepConfig
 from sleeptrain.memory import state_dtype
 from sleeptrain.model.dropout import Dropout, token_keys
+from sleeptrain.model.graphs import PassGraphs
 from sleeptrain.model.halting import Halting, HaltingHead, Sleepers, Stop
 from sleeptrain.model.hybrid import HybridStack
 from sleeptrain.model.init import initialise
@@ -104,6 +105,7 @@ class SleepModel(nn.Module):
         self.final_norm = RMSNorm(config.d_model, config.norm_eps, config.zero_centred_norms)
         self.head = nn.Linear(config.d_model, vocab_size, bias=False)
         self.cross_entropy = CrossEntropy()
+        self.graphs: PassGraphs | None = None  # to replay the passes with; whoever trains the model sets it
         if config.tie_embeddings:
             self.head.weight = self.embed.weight
         if sleep.learned_initial_state:
@@ -174,14 +176,20 @@ class SleepModel(nn.Module):
         sliding = self.sleep.eviction == "sliding"
         return Tokens(positions, valid, table, length, sliding, self.sleep.carries_convolution)
 
-    def run(self, h: Tensor, state: State, tokens: Tokens, visit: Visit) -> tuple[Tensor, State]:
-        """The blocks held here of one visit; recomputed in the backward pass as the config asks."""
+    def run(
+        self, h: Tensor, state: State, tokens: Tokens, visit: Visit, weights: Tensor | None = None
+    ) -> tuple[Tensor, State]:
+        """The blocks held here of one visit; recomputed in the backward pass as the config asks. ``weights``:
+        those of ``graphs.begin()``, to replay them."""
         blocks, mode = self.held.get(visit.segment, range(0)), self.sleep.activation_checkpointing
         per_block = mode in ("block", "both")
         behind = range(blocks.stop, segments_of(self.config)[visit.segment].stop)
         is_read = visit.is_read or any(self.stack.remembers(i, tokens.keeps_cache) for i in behind)
         arguments = (h, state, tokens, blocks, is_read, per_block)
-        if mode in ("pass", "both") and torch.is_grad_enabled() and not visit.is_kept:
+        is_kept = torch.is_grad_enabled() and visit.is_kept
+        if self.graphs is not None and weights is not None and not is_kept:
+            return self.graphs.run(weights, *arguments)
+        if mode in ("pass", "both") and torch.is_grad_enabled() and not is_kept:
             return checkpoint(self.stack, *arguments, use_reentrant=False, preserve_rng_state=False)
         return self.stack(*arguments)
 
@@ -224,6 +232,7 @@ class Walk:
         self.nll = torch.zeros(batch.ids.shape, dtype=model.dtype, device=batch.ids.device)
         self.predictions = torch.zeros_like(batch.ids)
         self.halting = model.halting(num_passes, stop)
+        self.weights = None if model.graphs is None else model.graphs.begin()
         self.passes_made = batch.ids[:, :0] if self.halting.is_on else None
 
     def visit(self, index: int, arrived: Tensor) -> tuple[Tensor, Tensor | None]:
@@ -247,7 +256,7 @@ class Walk:
         tokens = self.tokens._replace(dropout=self._dropout(index))
         learns = not visit.is_after_loss and (awake or visit.pass_number > self.num_cut)
         with torch.set_grad_enabled(torch.is_grad_enabled() and learns):
-            left, after = self.model.run(h, before, tokens, visit)
+            left, after = self.model.run(h, before, tokens, visit, self.weights)
             if self.trace is not None:
                 self.trace += _norms(visit, before, after)
             if visit.segment == "core" and self.sleeps and self.halting.is_on:

@@ -11,6 +11,7 @@ from sleeptrain import memory
 from sleeptrain.checkpoint.slices import Slice, whole
 from sleeptrain.config import Config, SleepConfig
 from sleeptrain.data.batch import Batch
+from sleeptrain.model.graphs import PassGraphs
 from sleeptrain.model.halting import Stop
 from sleeptrain.model.sleep import Output, PassTrace, SleepModel
 from sleeptrain.optim.optimizer import MuonAdamW
@@ -62,6 +63,7 @@ class LocalBackend:
         self.model = SleepModel(config.model, config.sleep, vocab_size, config.run.seed).to(self.device)
         for name, parameter in self.model.named_parameters():
             parameter.requires_grad_(not fits(name, config.optim.frozen))
+        self.model.graphs = pass_graphs(config, self.model)
         self.optimizer = MuonAdamW(self.model, config.optim)
         self.carried = Carried(self.model, config.data.batch_sequences)
 
@@ -188,6 +190,23 @@ def memory_backend(config: Config) -> memory.Choice:
     return memory.choose(
         device.type, compute_dtype(config, device), model.memory_key_dim, model.memory_backend
     )
+
+
+def require_graphs(config: Config) -> None:
+    """Raises ConfigError where CUDA graphs are asked for and there is no CUDA device."""
+    if config.run.cuda_graphs and choose_device(config.run.device).type != "cuda":
+        raise ConfigError(
+            f"run.cuda_graphs=true needs a CUDA device, and run.device={config.run.device} means the CPU "
+            "here; set run.cuda_graphs=false"
+        )
+
+
+def pass_graphs(config: Config, model: SleepModel) -> PassGraphs | None:
+    """What replays the model's passes, where the run asks for it."""
+    if not config.run.cuda_graphs:
+        return None
+    dtype = compute_dtype(config, model.final_norm.weight.device)
+    return PassGraphs(model.stack, torch.bfloat16 if dtype == torch.bfloat16 else None)
 
 
 def autocast(config: Config, device: torch.device) -> AbstractContextManager:

@@ -123,7 +123,8 @@ def train_alone(config: Config, passes: Passes, batches: list[Batch]) -> Run:
 
 
 def local_backend(config: Config) -> LocalBackend:
-    backend = LocalBackend(replace(config, parallel=ParallelConfig()), VOCAB)
+    eager = replace(config.run, cuda_graphs=False)
+    backend = LocalBackend(replace(config, parallel=ParallelConfig(), run=eager), VOCAB)
     with torch.no_grad():
         for name, parameter in backend.model.named_parameters():
             parameter += disturbed(name, parameter.shape)

@@ -15,6 +15,7 @@ TEXT = {"schedule": "predict_then_consolidate", "eviction": "sliding"}
 SEGMENTS = {"pattern": "swa:4 gdn attn jet gdn attn gdn", "prelude_blocks": 1, "coda_blocks": 2}
 LOSSES, TP2, PP2, PP4, DP2 = "loss_windows", {"tensor": 2}, {"pipeline": 2}, {"pipeline": 4}, {"data": 2}
 TWO = {"pattern": "attn gdn"}  # blocks, to be quick
+GRAPHS = {"cuda_graphs": True, "activation_checkpointing": "pass"}
 
 CORE: dict[str, Case] = {
     "tp2": (TP2, 3, {"pattern": "attn jet attn gdn"}, {"padded": True}),
@@ -83,6 +84,15 @@ MORE: dict[str, Case] = {
         1,
         {"zero_stage": 2, "tie_embeddings": True, **TEXT},
         {"resets": True},
+    ),
+    # On a CPU what a graph would replay is done anew.
+    "dp2 zero0, replayed passes": (DP2, 3, GRAPHS | {"zero_stage": 0}, {"padded": True}),
+    "dp2 zero1, replayed passes": (DP2, (2, 1, 3, 2, 4), GRAPHS | {"pattern": "attn jet gdn"}, {}),
+    "dp2 zero2, replayed passes": (
+        DP2,
+        3,
+        GRAPHS | TEXT | {"zero_stage": 2, "micro_batch_sequences": 2},
+        {LOSSES: (0, 2)},
     ),
     "dropout": (TP2 | PP2, 3, {"dropout": 0.2, "activation_checkpointing": "pass"}, {}),
     "dp2 zero3, N that changes": (DP2, (1, 3, 2, 1, 4), TWO | {"zero_stage": 3}, {}),

@@ -18,7 +18,8 @@ from sleeptrain.config import (
 from sleeptrain.engine.plan_report import human, plan_report, window_notation
 from sleeptrain.model import flops
 from sleeptrain.model.visits import cut, plan
-from sleeptrain.parallel.layout import rank_bytes, shares_of_stage
+from sleeptrain.parallel.layout import shares_of_stage
+from sleeptrain.parallel.rank_memory import rank_bytes
 from sleeptrain.schema import ConfigError
 from sleeptrain.tasks import make_task
 

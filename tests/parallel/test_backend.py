@@ -15,7 +15,7 @@ from sleeptrain.config import Config, DataConfig, ModelConfig, OptimConfig, RunC
 from sleeptrain.data.batch import Batch
 from sleeptrain.data.stream import TrainStream
 from sleeptrain.model.halting import Stop
-from sleeptrain.parallel.backend import LocalBackend, choose_device, memory_backend
+from sleeptrain.parallel.backend import LocalBackend, choose_device, memory_backend, require_graphs
 from sleeptrain.schema import ConfigError
 from sleeptrain.tasks import make_task
 
@@ -29,6 +29,13 @@ def test_a_backend_of_the_fast_weights_that_cannot_run_here_is_refused() -> None
     assert memory_backend(config).backend == "chunked"
     with pytest.raises(ConfigError, match=r"model.memory_backend=triton cannot run: .* are on cpu"):
         memory_backend(replace(config, model=replace(MODEL, memory_backend="triton")))
+
+
+def test_graphs_are_refused_on_a_cpu() -> None:
+    sleep = SleepConfig(activation_checkpointing="pass")
+    with pytest.raises(ConfigError, match="cuda_graphs=true needs a CUDA device"):
+        require_graphs(Config(run=RunConfig(device="cpu", cuda_graphs=True), model=MODEL, sleep=sleep))
+    require_graphs(Config(run=RunConfig(device="cpu"), model=MODEL))
 
 
 def build(micro: int | None = None, seed: int = 0, precision: str = "auto", **optim: float) -> LocalBackend:

@@ -27,17 +27,13 @@ from sleeptrain.model.flops import activation_bytes, count_parameters
 from sleeptrain.model.visits import cut, plan
 from sleeptrain.parallel.layout import (
     blocks_of_stage,
-    fixed_bytes,
-    live_bytes,
     logical_shapes,
     model_of_rank,
-    most_alive,
-    rank_bytes,
     shares_of_stage,
     split_of,
-    visit_bytes,
 )
 from sleeptrain.parallel.megatron import MegatronDeepspeedBackend
+from sleeptrain.parallel.rank_memory import fixed_bytes, live_bytes, most_alive, rank_bytes, visit_bytes
 from sleeptrain.parallel.topology import join
 from sleeptrain.schema import ConfigError
 

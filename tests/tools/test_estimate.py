@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from sleeptrain.parallel.check import check_degrees
-from sleeptrain.parallel.layout import rank_bytes
+from sleeptrain.parallel.rank_memory import rank_bytes
 from sleeptrain.pretrain import compose_config
 
 SCRIPT = Path(__file__).parents[2] / "tools" / "estimate.py"
