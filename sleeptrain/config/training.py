@@ -18,6 +18,9 @@ class OptimConfig:
     )
     muon_momentum: float = setting(0.95, "Muon's Nesterov momentum")
     muon_steps: int = setting(5, "Newton-Schulz iterations")
+    muon_precision: Literal["auto", "float32", "bfloat16"] = setting(
+        "auto", "type of their products; auto: float32 on cpu, bfloat16 on cuda"
+    )
     adamw_lr: float = setting(3e-3, "peak learning rate of AdamW")
     adamw_beta1: float = setting(0.9, "AdamW's decay of the first moment")
     adamw_beta2: float = setting(0.95, "AdamW's decay of the second moment")

@@ -44,6 +44,7 @@ class MuonAdamW:
             num_steps=config.muon_steps,
             scale=config.muon_scale,
             weight_decay=config.weight_decay,
+            precision=config.muon_precision,
         )
         self.adamw = torch.optim.AdamW(
             self._groups([(name, p) for name, p in rest if takes_decay(name)], config.weight_decay)

@@ -16,8 +16,6 @@ from sleeptrain.model.sleep import SleepModel
 from sleeptrain.model.visits import Segment, Visit, Window, plan, segments_of
 from sleeptrain.schema import ConfigError
 
-MUON_ELEMENTS = 64_000_000  # of matrices that Muon holds whole at once
-
 Box = tuple[tuple[int, int], ...]  # start and stop in each dimension of a logical tensor
 
 
@@ -184,11 +182,6 @@ def bucket_elements(num_elements: int) -> int:
     """How many elements of gradients DeepSpeed reduces at a time; it takes the room for all of them, 2 GB by
     default, so a small model asks for less, and a large one for 256 MiB."""
     return min(num_elements, 2**26)
-
-
-def muon_batch(shape: torch.Size) -> int:
-    """Matrices of one shape that are gathered and orthogonalised together."""
-    return max(1, MUON_ELEMENTS // math.prod(shape))
 
 
 def visits_of_stage(config: Config, windows: Sequence[Window], stage: int) -> list[Visit | None]:

@@ -14,13 +14,13 @@ from sleeptrain.config import Config
 from sleeptrain.model.flops import FLOAT32_BYTES, activation_bytes
 from sleeptrain.model.sizes import tokens_at_once
 from sleeptrain.model.visits import Visit, Window, loss_tokens, plan, segments_of
+from sleeptrain.optim.muon import matrices_at_once
 from sleeptrain.optim.optimizer import is_muon, takes_decay
 from sleeptrain.parallel.layout import (
     Share,
     bucket_elements,
     degrees_alone,
     model_of_rank,
-    muon_batch,
     shares_of_stage,
     visits_of_stage,
 )
@@ -108,7 +108,7 @@ def _update_bytes(config: Config, shares: Sequence[Share], replicas: int) -> int
     for share in shares:
         if is_muon(share.name, share.shape):
             by_shape[share.shape] = by_shape.get(share.shape, 0) + 1
-    batches = {s: min(n, muon_batch(s)) for s, n in by_shape.items()}
+    batches = {s: min(n, matrices_at_once(s)) for s, n in by_shape.items()}
     muon = max((n * (5 * math.prod(s) + 3 * min(s) ** 2) for s, n in batches.items()), default=0)
     if stage == 0:
         return FLOAT32_BYTES * max(whole if replicas > 1 else 0, muon)

@@ -14,11 +14,10 @@ from sleeptrain.checkpoint.initial import InitialWeights
 from sleeptrain.checkpoint.reader import Checkpoint
 from sleeptrain.checkpoint.slices import Slice, whole
 from sleeptrain.config import OptimConfig
-from sleeptrain.optim.muon import orthogonalise, update_scale
+from sleeptrain.optim.muon import matrices_at_once, orthogonalise, update_scale
 from sleeptrain.optim.optimizer import ADAMW_STATE, is_muon
 from sleeptrain.optim.patterns import fits
 from sleeptrain.parallel.backend import UpdateResult
-from sleeptrain.parallel.layout import muon_batch
 from sleeptrain.parallel.stage import Held, part_of
 from sleeptrain.parallel.topology import Topology
 from sleeptrain.parallel.zero import Fragment, Replicated, Shards
@@ -135,7 +134,7 @@ class ShardedUpdate:
         owned = {fragments[i].held.name: (fragments[i].start, gradients[i]) for i in self.momenta}
         for group in self.groups:
             matrices = self._gathered(group, owned)
-            updates = orthogonalise(matrices, self.config.muon_steps)
+            updates = orthogonalise(matrices, self.config.muon_steps, self.config.muon_precision)
             updates *= update_scale(group[0].shape, self.config.muon_scale)
             for held, update in zip(group, updates):
                 if held.name in owned:
@@ -169,9 +168,9 @@ def _by_shape(held: list[Held]) -> list[list[Held]]:
     for h in held:
         groups.setdefault((h.shape, h.box, h.split), []).append(h)
     return [
-        group[i : i + muon_batch(group[0].shape)]
+        group[i : i + matrices_at_once(group[0].shape)]
         for group in groups.values()
-        for i in range(0, len(group), muon_batch(group[0].shape))
+        for i in range(0, len(group), matrices_at_once(group[0].shape))
     ]
 
 

@@ -9,7 +9,7 @@ from faults import FAULTS
 from runs import Case, Distance, wrong
 
 from sleeptrain.model import sizes
-from sleeptrain.parallel import layout
+from sleeptrain.optim import muon
 
 TEXT = {"schedule": "predict_then_consolidate", "eviction": "sliding"}
 SEGMENTS = {"pattern": "swa:4 gdn attn jet gdn attn gdn", "prelude_blocks": 1, "coda_blocks": 2}
@@ -143,7 +143,7 @@ def test_what_is_done_in_one_go_for_a_small_model_but_not_for_a_large_one(
         return initialize(config=config, **arguments)
 
     monkeypatch.setattr(deepspeed, "initialize", as_for_a_large_model)
-    monkeypatch.setattr(layout, "MUON_ELEMENTS", 150)
+    monkeypatch.setattr(muon, "MUON_ELEMENTS", 150)
     monkeypatch.setattr(sizes, "LOGITS_AT_ONCE", 100)
     assert wrong(case, num_steps=3) == set()
 

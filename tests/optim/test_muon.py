@@ -24,6 +24,18 @@ def test_singular_values_are_driven_to_about_one(shape: tuple[int, ...]) -> None
     assert 0.5 < values.min() < values.max() < 1.3
 
 
+@pytest.mark.parametrize("shape", [(8, 8), (48, 12), (2, 12, 48)])
+def test_in_bfloat16_it_drives_them_there_too(shape: tuple[int, ...]) -> None:
+    matrices = torch.randn(shape)
+    found = orthogonalise(matrices, 5, "bfloat16")
+    assert found.dtype == torch.float32
+    values = torch.linalg.svdvals(found)
+    assert 0.5 < values.min() < values.max() < 1.3
+    expected = orthogonalise(matrices, 5)
+    assert 1e-4 < (found - expected).norm() / expected.norm() < 0.1
+    assert torch.equal(orthogonalise(matrices, 5, "auto"), expected)  # on a CPU
+
+
 def test_a_batch_is_its_matrices_and_keeps_their_type() -> None:
     batch = torch.randn(3, 9, 4, dtype=torch.float64)
     expected = torch.stack([plain_orthogonalise(m) for m in batch])
