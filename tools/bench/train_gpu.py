@@ -1,10 +1,16 @@
 """Training on one GPU: tokens per second over N and window, with activation checkpointing, and the paper's.
 
-A step is forward, backward and update of one sequence of 12,288 tokens: all windows but the last are slept
-on, and that one predicts. The model is Ouro 1.4B with 6 Jet blocks (configs/model/ouro_1b4_jet.yaml) at
-random weights, in bfloat16 over float32 weights. MFU counts the FLOPs of the model, HFU also those that are
-computed again, over the dense bfloat16 peak of the device. The ratio is ours over the paper's tokens per
-second on one H200 (its Fig. 6). First comes the gradient check of the kernels.
+A step is forward and backward of two sequences of 12,288 tokens, one after the other, and an update: all
+windows but the last are slept on, and that one predicts. The model is Ouro 1.4B with 6 Jet blocks
+(configs/model/ouro_1b4_jet.yaml) at random weights, in bfloat16 over float32 weights. MFU counts the FLOPs of
+the model, HFU also those that are computed again, over the dense bfloat16 peak of the device. The ratio is
+ours over the paper's tokens per second on one H200 (its Fig. 6). A pass is started kernel by kernel, or
+replayed as a CUDA graph (run.cuda_graphs); the ratio of the two is that of whole steps. Memory per pass is
+the slope of the peak over N, beside h and S, which are all that a pass must keep.
+
+First come the gradient check of the kernels, and the seconds from the start of this program to the end of its
+first step, kernels compiled: that is from cold only with an empty folder in TRITON_CACHE_DIR. Last comes what
+deterministic algorithms cost, and whether two equal steps then have equal bits.
 
 --profile FOLDER also writes a trace of one step (Perfetto, chrome://tracing) and prints the operations that
 take most of it. With --quick a tiny model on any device: does it run?
@@ -12,7 +18,7 @@ take most of it. With --quick a tiny model on any device: does it run?
 
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from statistics import median
 from typing import NamedTuple
@@ -22,13 +28,16 @@ import torch
 
 from sleeptrain.config import Config, DataConfig, ModelConfig, RunConfig, SleepConfig, TextConfig
 from sleeptrain.data.batch import Batch
-from sleeptrain.model.flops import peak_flops, training_flops
+from sleeptrain.model.flops import FLOAT32_BYTES, peak_flops, training_flops
+from sleeptrain.model.graphs import PassGraphs
 from sleeptrain.model.visits import plan
-from sleeptrain.parallel.backend import LocalBackend
+from sleeptrain.parallel.backend import LocalBackend, compute_dtype
 
 NO_DEVICE = 2  # exit code
+STARTED = time.perf_counter()
 WARMUP_STEPS = 2
-BAR = 1.5
+BAR, BAR_GRAPHS, BAR_SLOPE, BAR_DETERMINISTIC = 1.5, 2.0, 1.3, 1.1
+BAR_FIRST_STEP_SECONDS = 90
 OURO_JET = ModelConfig(
     d_model=2048,
     pattern="attn attn attn attn jet",
@@ -56,26 +65,53 @@ PAPER = {
 }
 
 
+class Variant(NamedTuple):
+    """How a pass is run: ``sleep.activation_checkpointing``, and whether as a graph."""
+
+    policy: str
+    graphs: bool
+
+    def __str__(self) -> str:
+        return f"checkpointing {self.policy}, {'graphs' if self.graphs else 'kernel by kernel'}"
+
+
+EAGER, GRAPHED = Variant("pass", False), Variant("pass", True)
+
+
 class Setup(NamedTuple):
     """Sizes of a measurement."""
 
     model: ModelConfig = OURO_JET
     vocab_size: int = 49152
+    num_sequences: int = 2
     num_tokens: int = 12_288
     windows: tuple[int, ...] = (1024, 2048, 4096)
     num_passes: tuple[int, ...] = (1, 2, 4)
-    policies: tuple[str, ...] = ("pass", "both")  # sleep.activation_checkpointing
+    variants: tuple[Variant, ...] = (EAGER, GRAPHED, Variant("both", True))
 
 
-QUICK = Setup(ModelConfig(d_model=32, norm_placement="sandwich"), 64, 48, (12, 24), (1, 2), ("pass", "none"))
+QUICK = Setup(ModelConfig(d_model=32, norm_placement="sandwich"), 64, 2, 48, (12, 24), (1, 2))
 
 
 class Planned(NamedTuple):
-    """What a step does: tokens that pass through the looped blocks, and its FLOPs."""
+    """What a step does: tokens that pass through the looped blocks, passes of one sequence, FLOPs."""
 
     pass_tokens: int
+    num_passes: int
     model_flops: float
     hardware_flops: float
+
+
+class Measured(NamedTuple):
+    """Medians in seconds: forward and backward, update; and the peak of the device's memory in bytes."""
+
+    backward: float
+    update: float
+    peak_bytes: int
+
+    @property
+    def step(self) -> float:
+        return self.backward + self.update
 
 
 def main() -> None:
@@ -92,13 +128,21 @@ def main() -> None:
     if device == "cuda":
         check_kernels()
     backend = make_backend(setup, device)
+    first_step(backend, setup, judged=not options.quick)
     for window_tokens in setup.windows:
-        for policy in setup.policies:
-            rows = list(over_passes(backend, setup, window_tokens, policy, options.rounds))
-            print(f"\nwindows of {window_tokens}, checkpointing {policy}")
-            measure.show(
-                ("N", "s/step", "tokens/s", "pass-tokens/s", "MFU %", "HFU %", "peak GiB", "over paper"), rows
-            )
+        seconds: dict[Variant, dict[int, float]] = {}
+        for variant in setup.variants:
+            found = over_passes(backend, setup, window_tokens, variant, options.rounds)
+            seconds[variant] = {n: measured.step for n, (_, measured) in found.items()}
+            show(setup, window_tokens, variant, found)
+            if device == "cuda":
+                show_slope(setup, window_tokens, found)
+        for n in setup.num_passes:
+            ratio = seconds[EAGER][n] / seconds[GRAPHED][n]
+            print(f"ratio kernel by kernel / graphs, windows of {window_tokens}, N = {n}: {ratio:.3f}")
+            if not options.quick and window_tokens == 2048:
+                measure.judge(f"graphs, N = {n}", ratio, at_least=BAR_GRAPHS)
+    determinism(backend, setup, options.rounds, judged=not options.quick)
     if options.profile:
         profile(backend, setup, options.profile)
 
@@ -116,59 +160,116 @@ def make_backend(setup: Setup, device: str) -> LocalBackend:
         run=RunConfig(device=device),  # type: ignore[arg-type]
         model=setup.model,
         task=TextConfig(sequence_tokens=setup.num_tokens),
-        data=DataConfig(batch_sequences=1),
+        data=DataConfig(batch_sequences=setup.num_sequences, micro_batch_sequences=1),
     )
     return LocalBackend(config, setup.vocab_size)
 
 
+def first_step(backend: LocalBackend, setup: Setup, judged: bool) -> None:
+    window_tokens = setup.windows[0]
+    prepared(backend, setup, window_tokens, EAGER, setup.num_passes[-1])[0]()
+    seconds = time.perf_counter() - STARTED
+    print(f"seconds to the end of the first step: {seconds:.1f}")
+    if judged:
+        measure.judge("seconds to the first step", seconds, at_most=BAR_FIRST_STEP_SECONDS)
+
+
 def over_passes(
-    backend: LocalBackend, setup: Setup, window_tokens: int, policy: str, rounds: int
-) -> Iterator[tuple[str, ...]]:
-    """A row of the table for each N."""
-    is_cuda = backend.device.type == "cuda"
-    peak = peak_flops(torch.cuda.get_device_name()) if is_cuda else None
+    backend: LocalBackend, setup: Setup, window_tokens: int, variant: Variant, rounds: int
+) -> dict[int, tuple[Planned, Measured]]:
+    """By N."""
+    found = {}
     for num_passes in setup.num_passes:
-        step, planned = prepared(backend, setup, window_tokens, policy, num_passes)
-        seconds, peak_bytes = timed(step, is_cuda, rounds)
-        speed = setup.num_tokens / seconds
+        step, planned = prepared(backend, setup, window_tokens, variant, num_passes)
+        found[num_passes] = planned, timed(step, backend.device.type == "cuda", rounds)
+    return found
+
+
+def show(
+    setup: Setup, window_tokens: int, variant: Variant, found: dict[int, tuple[Planned, Measured]]
+) -> None:
+    """The table of a variant, and how its speed stands to the paper's."""
+    is_cuda = torch.cuda.is_available()
+    peak = peak_flops(torch.cuda.get_device_name()) if is_cuda else None
+    rows, ratios = [], {}
+    for num_passes, (planned, measured) in found.items():
+        speed = setup.num_sequences * setup.num_tokens / measured.step
         published = PAPER.get((window_tokens, num_passes))
         if published:
-            name = f"tokens/s over the paper's, N = {num_passes}, windows of {window_tokens}, {policy}"
-            print(f"ratio {name}: {speed / published:.3f}")
-            measure.judge(name, speed / published, at_least=BAR)
-        yield (
-            str(num_passes),
-            f"{seconds:.3f}",
-            f"{speed:,.0f}",
-            f"{planned.pass_tokens / seconds:,.0f}",
-            share(planned.model_flops / seconds, peak),
-            share(planned.hardware_flops / seconds, peak),
-            f"{peak_bytes / 2**30:.1f}" if is_cuda else "-",
-            f"{speed / published:.2f}" if published else "-",
+            ratios[num_passes] = speed / published
+        rows.append(
+            (
+                str(num_passes),
+                f"{measured.step:.3f}",
+                f"{1e3 * measured.update:.0f}",
+                f"{speed:,.0f}",
+                f"{planned.pass_tokens / measured.step:,.0f}",
+                share(planned.model_flops / measured.step, peak),
+                share(planned.hardware_flops / measured.step, peak),
+                f"{measured.peak_bytes / 2**30:.1f}" if is_cuda else "-",
+                f"{speed / published:.2f}" if published else "-",
+            )
         )
+    print(f"\nwindows of {window_tokens}, {variant}")
+    heading = ("N", "s/step", "update ms", "tokens/s", "pass-tokens/s", "MFU %", "HFU %", "peak GiB")
+    measure.show((*heading, "over paper"), rows)
+    for num_passes, ratio in ratios.items():
+        name = f"tokens/s over the paper's, N = {num_passes}, windows of {window_tokens}, {variant}"
+        print(f"ratio {name}: {ratio:.3f}")
+        measure.judge(name, ratio, at_least=BAR)
+
+
+def show_slope(setup: Setup, window_tokens: int, found: dict[int, tuple[Planned, Measured]]) -> None:
+    """Bytes that one more pass over one window adds to the peak, over those of h and S."""
+    counts = [planned.num_passes for planned, _ in found.values()]
+    slope = measure.slope(counts, [measured.peak_bytes for _, measured in found.values()])
+    model = setup.model
+    num_memories = sum(block.is_fast_weight for block in model.blocks)
+    memory = num_memories * model.memory_heads * model.memory_key_dim * model.memory_value_dim
+    ratio = slope / (FLOAT32_BYTES * (window_tokens * model.d_model + memory))
+    print(f"ratio peak memory per pass / h and S: {ratio:.3f} ({slope / 2**20:.1f} MiB)")
+    measure.judge("peak memory per pass / h and S", ratio, at_most=BAR_SLOPE)
 
 
 def prepared(
-    backend: LocalBackend, setup: Setup, window_tokens: int, policy: str, num_passes: int
-) -> tuple[Callable[[], None], Planned]:
-    """A whole step, and what is known of it beforehand. The weights stay those of the step before."""
-    sleep = SleepConfig(window_tokens, num_passes, activation_checkpointing=policy)  # type: ignore[arg-type]
+    backend: LocalBackend, setup: Setup, window_tokens: int, variant: Variant, num_passes: int
+) -> tuple[Callable[[], float], Planned]:
+    """A whole step, which returns the seconds of its update, and what is known of it beforehand. The weights
+    stay those of the step before."""
+    sleep = SleepConfig(window_tokens, num_passes, activation_checkpointing=variant.policy)  # type: ignore[arg-type]
     backend.model.sleep, batch = sleep, make_batch(setup, window_tokens)
+    dtype = compute_dtype(backend.config, backend.device)
+    backend.model.graphs = None
+    if variant.graphs:
+        low = torch.bfloat16 if dtype == torch.bfloat16 else None
+        backend.model.graphs = PassGraphs(backend.model.stack, low)
     windows = backend.model.windows(batch)
     visits = plan(windows, num_passes, setup.model, sleep)
     cost = training_flops(setup.model, sleep, windows, visits, setup.vocab_size)
-    pass_tokens = sum(windows[v.window].stop - windows[v.window].start for v in visits if v.segment == "core")
+    of_core = [windows[v.window].stop - windows[v.window].start for v in visits if v.segment == "core"]
+    num_sequences = setup.num_sequences
 
-    def step() -> None:
+    def step() -> float:
         result = backend.forward_backward(batch, num_passes)
+        wait(backend.device)
+        start = time.perf_counter()
         assert backend.step(1e-3, result.loss).applied
+        wait(backend.device)
+        return time.perf_counter() - start
 
-    return step, Planned(pass_tokens, cost.model, cost.hardware)
+    totals = (num_sequences * sum(of_core), len(of_core), num_sequences * cost.model)
+    return step, Planned(*totals, num_sequences * cost.hardware)
+
+
+def wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize()
 
 
 def make_batch(setup: Setup, window_tokens: int) -> Batch:
     """Random tokens, a loss on the last window."""
-    ids = torch.randint(setup.vocab_size, (1, setup.num_tokens), generator=torch.Generator().manual_seed(0))
+    shape, draw = (setup.num_sequences, setup.num_tokens), torch.Generator().manual_seed(0)
+    ids = torch.randint(setup.vocab_size, shape, generator=draw)
     num_windows = setup.num_tokens // window_tokens
     loss_mask = torch.zeros_like(ids, dtype=torch.bool)
     loss_mask[:, -window_tokens:] = True
@@ -178,27 +279,55 @@ def make_batch(setup: Setup, window_tokens: int) -> Batch:
         loss_mask=loss_mask,
         valid=None,
         reset_state=None,
-        difficulty=torch.zeros(1, dtype=torch.int64),
+        difficulty=torch.zeros(setup.num_sequences, dtype=torch.int64),
         windows_with_loss=(*[False] * (num_windows - 1), True),
-        num_targets=window_tokens,
+        num_targets=setup.num_sequences * window_tokens,
     )
 
 
-def timed(step: Callable[[], None], is_cuda: bool, rounds: int) -> tuple[float, int]:
-    """Median seconds of a step, and the peak of the device's memory in bytes."""
+def timed(step: Callable[[], float], is_cuda: bool, rounds: int) -> Measured:
     for _ in range(WARMUP_STEPS):
         step()
     if is_cuda:
-        torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
-    seconds = []
+    steps, updates = [], []
     for _ in range(rounds):
         start = time.perf_counter()
-        step()
-        if is_cuda:
-            torch.cuda.synchronize()
-        seconds.append(time.perf_counter() - start)
-    return median(seconds), torch.cuda.max_memory_allocated() if is_cuda else 0
+        updates.append(step())
+        steps.append(time.perf_counter() - start)
+    update = median(updates)
+    peak_bytes = torch.cuda.max_memory_allocated() if is_cuda else 0
+    return Measured(median(steps) - update, update, peak_bytes)
+
+
+def determinism(backend: LocalBackend, setup: Setup, rounds: int, judged: bool) -> None:
+    """A step with deterministic algorithms only, in turn with one without; and twice the same gradients."""
+    window_tokens, num_passes = setup.windows[-1], setup.num_passes[-1]
+    step, _ = prepared(backend, setup, window_tokens, EAGER, num_passes)
+    batch = make_batch(setup, window_tokens)
+
+    def under(mode: str) -> Callable[[], float]:
+        def run() -> float:
+            torch.set_deterministic_debug_mode(mode)
+            return step()
+
+        return run
+
+    times = measure.interleaved({mode: under(mode) for mode in ("error", "default")}, rounds)
+    ratio = measure.ratio(times["error"], times["default"])
+    print(f"\nratio deterministic / not, windows of {window_tokens}, N = {num_passes}: {ratio}")
+    torch.set_deterministic_debug_mode("error")
+    found = []
+    for _ in range(2):
+        backend.forward_backward(batch, num_passes)
+        found.append([p.grad for p in backend.model.parameters() if p.grad is not None])
+        for parameter in backend.model.parameters():
+            parameter.grad = None
+    torch.set_deterministic_debug_mode("default")
+    is_equal = all(torch.equal(a, b) for a, b in zip(*found))
+    print(f"{'PASS' if is_equal else 'FAIL'}  two deterministic steps have equal gradients")
+    if judged:
+        measure.judge("deterministic / not", ratio.wall, at_most=BAR_DETERMINISTIC)
 
 
 def share(flops_per_second: float, peak: float | None) -> str:
@@ -208,14 +337,14 @@ def share(flops_per_second: float, peak: float | None) -> str:
 def profile(backend: LocalBackend, setup: Setup, folder: Path) -> None:
     """One step of the largest N, windows of 2048 or the largest."""
     window_tokens = 2048 if 2048 in setup.windows else setup.windows[-1]
-    num_passes, policy = setup.num_passes[-1], setup.policies[0]
-    step, _ = prepared(backend, setup, window_tokens, policy, num_passes)
+    num_passes, variant = setup.num_passes[-1], setup.variants[0]
+    step, _ = prepared(backend, setup, window_tokens, variant, num_passes)
     for _ in range(WARMUP_STEPS):
         step()
     with torch.profiler.profile() as trace:
         step()
     folder.mkdir(parents=True, exist_ok=True)
-    path = folder / f"step_n{num_passes}_window{window_tokens}_{policy}.json"
+    path = folder / f"step_n{num_passes}_window{window_tokens}_{variant.policy}.json"
     trace.export_chrome_trace(str(path))
     order = f"self_{backend.device.type}_time_total"
     print(trace.key_averages().table(sort_by=order, row_limit=25, max_name_column_width=60))
