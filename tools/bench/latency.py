@@ -6,13 +6,17 @@ The peer is a transformer of the same width and depth that keeps everything it r
 more it read. Asleep: the sleep at the end of a window against N - 1 forwards over the window, of embedding
 and blocks, in the same run. Memory: peak of a fresh process that reads so many tokens.
 
-The ratios are N = 8 over N = 1, the longest context over the shortest, sleep over its forwards.
+The ratios are N = 8 over N = 1, the longest context over the shortest, sleep over its forwards. With --device
+cuda the model has 1.4 billion weights, in bfloat16, and a fourth ratio is that of a token to its floor: the
+time that reading all weights once takes at 4.3 TB/s (one H200).
 """
 
 import argparse
+import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from statistics import median, quantiles
 
 import measure
@@ -23,7 +27,9 @@ from sleeptrain.model import session
 from sleeptrain.model.sleep import SleepModel
 
 VOCAB_SIZE = 257
-BAR_AWAKE, BAR_STALL, BAR_MB_PER_10K_TOKENS = 1.02, 0.10, 1.0
+BAR_AWAKE, BAR_STALL, BAR_MB_PER_10K_TOKENS, BAR_FLOOR = 1.02, 0.10, 1.0, 1.5
+BYTES_PER_SECOND = 4.3e12
+NO_DEVICE = 2  # exit code
 
 
 @dataclass(frozen=True)
@@ -36,49 +42,81 @@ class Setup:
     num_passes: tuple[int, ...] = (1, 2, 4, 8)
     contexts: tuple[int, ...] = (1, 4, 16, 64)  # windows read before
     memory_tokens: tuple[int, ...] = (2_560, 12_800, 23_040)
+    num_heads: int = 4
+    repeats: int = 1  # of four blocks
+    device: str = "cpu"
+    dtype: torch.dtype = torch.float32
 
     def model(self, pattern: str = "attn gdn attn gdn", window_tokens: int | None = None) -> SleepModel:
-        """Four blocks with four heads; ``window_tokens`` 0: one window that never ends."""
+        """``window_tokens`` 0: one window that never ends."""
         dim = self.head_dim
         config = ModelConfig(
-            d_model=self.d_model, head_dim=dim, memory_key_dim=dim, memory_value_dim=dim, pattern=pattern
+            d_model=self.d_model,
+            num_heads=self.num_heads,
+            head_dim=dim,
+            memory_heads=self.num_heads,
+            memory_key_dim=dim,
+            memory_value_dim=dim,
+            pattern=pattern,
+            pattern_repeats=self.repeats,
         )
         length = self.window_tokens if window_tokens is None else window_tokens
-        return SleepModel(config, SleepConfig(window_tokens=length), VOCAB_SIZE)
+        model = SleepModel(config, SleepConfig(window_tokens=length), VOCAB_SIZE)
+        return model.to(self.device, self.dtype)
+
+    def wait(self) -> None:
+        if self.device == "cuda":
+            torch.cuda.synchronize()
 
 
 QUICK = Setup(*(32, 8, 16), num_passes=(1, 2), contexts=(1, 3), memory_tokens=(32, 64, 128))
+ON_CUDA = Setup(2048, 128, 512, num_heads=16, repeats=7, device="cuda", dtype=torch.bfloat16)
 
 
 def main() -> None:
     parser = measure.parser(__doc__ or "", rounds=5)
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="where (default cpu)")
     parser.add_argument("--alone", type=int, metavar="TOKENS", help=argparse.SUPPRESS)
     options = parser.parse_args()
-    setup = QUICK if options.quick else Setup()
+    if options.device == "cuda" and not torch.cuda.is_available():
+        print("error: --device cuda, and torch sees no CUDA device here", file=sys.stderr)
+        sys.exit(NO_DEVICE)
+    setup = ON_CUDA if options.device == "cuda" else Setup()
+    if options.quick:
+        setup = replace(QUICK, device=options.device)
     if options.alone:
-        torch.set_num_threads(1)
-        measure.return_freed_memory()
-        read_windows(setup.model(), options.alone // setup.window_tokens, 2)
-        measure.print_peak()
+        read_alone(setup, options.alone)
         return
     measure.begin()
     print(f"{setup}\n")
     report_awake(setup, options.rounds, judged=not options.quick)
     report_sleep(setup, options.rounds, judged=not options.quick)
-    size = ["--quick"] if options.quick else []
+    size = ["--device", options.device, *(["--quick"] if options.quick else [])]
     peaks = [measure.peak_mib(__file__, [*size, "--alone", str(n)]) for n in setup.memory_tokens]
     report_memory(setup, peaks, judged=not options.quick)
 
 
-def random_ids(num_tokens: int) -> torch.Tensor:
-    return torch.randint(VOCAB_SIZE, (1, num_tokens), generator=torch.Generator().manual_seed(0))
+def read_alone(setup: Setup, num_tokens: int) -> None:
+    """In a process of its own: prints the peak of its memory, or of the device's."""
+    torch.set_num_threads(1)
+    measure.return_freed_memory()
+    read_windows(setup, setup.model(), num_tokens // setup.window_tokens, 2)
+    if setup.device == "cuda":
+        print(torch.cuda.max_memory_allocated() / 2**20)
+    else:
+        measure.print_peak()
 
 
-def read_windows(model: SleepModel, num_windows: int, num_passes: int, length: int = 0) -> session.Session:
-    """A session that has read so many windows of ``length`` tokens (the model's own)."""
-    now, length = session.begin(model, 1), length or model.sleep.window_tokens
+def random_ids(setup: Setup, num_tokens: int) -> torch.Tensor:
+    ids = torch.randint(VOCAB_SIZE, (1, num_tokens), generator=torch.Generator().manual_seed(0))
+    return ids.to(setup.device)
+
+
+def read_windows(setup: Setup, model: SleepModel, num_windows: int, num_passes: int) -> session.Session:
+    """A session that has read so many windows."""
+    now = session.begin(model, 1)
     for _ in range(num_windows):
-        _, now = session.feed(model, now, random_ids(length), num_passes)
+        _, now = session.feed(model, now, random_ids(setup, setup.window_tokens), num_passes)
     return now
 
 
@@ -87,14 +125,15 @@ def token_by_token(
 ) -> Callable[[int], None]:
     """Reads token number i of the second half of the open window after so many windows; 0 begins it anew."""
     half = setup.window_tokens // 2
-    now = read_windows(model, num_windows, num_passes, setup.window_tokens)
-    _, start = session.read(model, now, random_ids(half))
-    ids = random_ids(half)
+    now = read_windows(setup, model, num_windows, num_passes)
+    ids = random_ids(setup, half)
+    _, start = session.read(model, now, ids)
     place = [start]
 
     def read(i: int) -> None:
         before = start if i == 0 else place[0]
         _, place[0] = session.read(model, before, ids[:, i : i + 1])
+        setup.wait()
 
     return read
 
@@ -133,6 +172,12 @@ def report_awake(setup: Setup, rounds: int, judged: bool) -> None:
     print(f"ratio p50, N = {most} / N = 1: {over_n:.3f}")
     print(f"ratio p50, {last} windows / {first}: {over_context:.3f}")
     print(f"ratio p50, {last} windows / {first}, attention to all: {of_peer:.3f}\n")
+    if setup.device == "cuda":
+        num_bytes = sum(p.numel() * p.element_size() for p in model.parameters())
+        floor = num_bytes / BYTES_PER_SECOND
+        over_floor = median(times["sleeps", most, last]) / floor
+        print(f"ratio p50 / floor of {1e3 * floor:.3f} ms: {over_floor:.3f}")
+        measure.judge("p50 awake / floor", over_floor, at_most=BAR_FLOOR)
     if judged:
         measure.judge(f"p50 awake, N = {most} / N = 1", over_n, at_most=BAR_AWAKE)
         measure.judge(f"p50 awake, {last} windows / {first}", over_context, at_most=BAR_AWAKE)
@@ -141,16 +186,20 @@ def report_awake(setup: Setup, rounds: int, judged: bool) -> None:
 def report_sleep(setup: Setup, rounds: int, judged: bool) -> None:
     """Stalls against as many forwards."""
     model = setup.model()
-    before, ids = read_windows(model, 2, 2), random_ids(setup.window_tokens)
+    before, ids = read_windows(setup, model, 2, 2), random_ids(setup, setup.window_tokens)
     _, full = session.read(model, before, ids)
 
     def forward() -> None:
         with torch.no_grad():
             session.read_on(model, before, ids)
+        setup.wait()
+
+    def sleep(num_passes: int) -> None:
+        session.sleep(model, full, num_passes)
+        setup.wait()
 
     calls: dict[int, Callable[[], object]] = {0: forward}
-    for n in setup.num_passes[1:]:
-        calls[n] = lambda n=n: session.sleep(model, full, n)  # type: ignore[misc]
+    calls |= {n: partial(sleep, n) for n in setup.num_passes[1:]}
     times = measure.interleaved(calls, 3 * rounds)
     rows, worst = [], 0.0
     for n in setup.num_passes[1:]:
