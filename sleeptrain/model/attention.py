@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sleeptrain.config import BlockSpec, ModelConfig
-from sleeptrain.model.layers import RMSNorm, rotary_table, rotate
+from sleeptrain.model.layers import RMSNorm, in_compute_type, rotary_table, rotate
 from sleeptrain.model.state import BlockState, KVCache, Tokens
 
 
@@ -42,6 +42,7 @@ class Attention(nn.Module):
     ) -> tuple[Tensor | None, BlockState]:
         """Returns the mixed tokens (None where nobody reads them) and, where it is kept, the cache as the
         next tokens will see it."""
+        x_BTD = in_compute_type(x_BTD)
         own, cache = self._keys_and_values(x_BTD, tokens), state.cache
         seen = own if cache is None else cache.followed_by(own)
         survivors = BlockState(caches=(seen.newest(self._band(tokens) - 1),) if tokens.keeps_cache else ())

@@ -38,6 +38,14 @@ class Float32Linear(nn.Linear):
             return F.linear(x.to(dtype), self.weight.to(dtype))
 
 
+def in_compute_type(x: Tensor) -> Tensor:
+    """As autocast would cast it for a linear map: for several of them, once."""
+    kind = x.device.type
+    if x.dtype == torch.float64 or not torch.is_autocast_enabled(kind):
+        return x
+    return x.to(torch.get_autocast_dtype(kind))
+
+
 class GatedMLP(nn.Module):
     """SwiGLU: down(silu(gate(x)) * up(x)), ``[B, T, D] -> [B, T, D]``."""
 
@@ -48,6 +56,7 @@ class GatedMLP(nn.Module):
         self.down_proj = nn.Linear(hidden, dim, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
+        x = in_compute_type(x)
         return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
 
 
