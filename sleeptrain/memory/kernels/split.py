@@ -1,14 +1,14 @@
-"""A sequence as P segments that are scanned side by side, where there are too few sequences and heads to fill
-the device.
+"""A sequence as P segments that are scanned side by side, where too few sequences and heads would leave most
+of the device idle.
 
-The state after a segment is linear in the state before it, so what a scan says of a segment without knowing
-that state is enough to walk from segment to segment; and so for gradients, in reverse:
+The state after a segment is linear in the state before it, and so are their gradients, in reverse:
 
-    S' = M S + B          B from the scan that starts at 0, M from the scan that starts at I and writes no values
+    S' = M S + B          B from the scan that starts at 0, M from one that starts at I and writes no values
     dS = M^T dS' + E      E from the reverse scan that starts at 0
 
-Then every segment is scanned from its own state, as a sequence of its own: ``[B, T, ...]`` is looked at as
-``[B * P, T / P, ...]``. The walk over the P segments is done by torch in float32.
+These scans need no state of another segment, and with them a short walk finds each segment's own. Then
+every segment is scanned as a sequence of its own: ``[B, T, ...]`` is looked at as ``[B * P, T / P, ...]``.
+``choose_segments`` in ``tiles.py`` says where that should pay.
 
 Shape letters as in ``matrix.py``, with B batch, P segments, H value heads.
 """
@@ -29,7 +29,13 @@ def in_segments(x: Tensor, num_segments: int) -> Tensor:
 
 
 def states_before(
-    k: Tensor, v: Tensor, beta: Tensor, total: Tensor, rest: Tensor | None, state: Tensor, scan: dict[str, Any]
+    k: Tensor,
+    v: Tensor,
+    beta: Tensor,
+    total: Tensor,
+    rest: Tensor | None,
+    state: Tensor,
+    scan: dict[str, Any],
 ) -> tuple[Tensor, Tensor]:
     """The state before each segment ``[B, P, H, K, V]``, and each segment's M ``[B, P, H, K, K]``.
 
