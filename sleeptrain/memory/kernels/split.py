@@ -81,7 +81,7 @@ def gradients_after(
             q, k, beta, total, rest, reads, d_out, start,
             None, None, added, k.shape[1], k.shape[2], num_heads, **scan | {"KEEPS": False},
         )  # fmt: skip
-    in_reverse = zip(maps.mT[:, 1:].flip(1).unbind(1), added.flip(1).unbind(1))
+    in_reverse = zip(reversed(maps.mT[:, 1:].unbind(1)), reversed(added.unbind(1)))
     return torch.stack(_walk(d_last_state, in_reverse)[::-1], dim=1)
 
 
