@@ -4,14 +4,15 @@ Values, queries and keys in bfloat16, with an initial state and a gradient comin
 Every call is captured in a CUDA graph and replayed, so that what is timed is the kernels. The ratio is the
 peer's time over ours, so above 1 ours is faster; the floor ratio is our time over the least that 790 TFLOP/s
 and 4.3 TB/s (one H200) allow for the arithmetic and the unavoidable traffic of the chunked form. Without fla
-only ours is timed. First comes the gradient check of two problems; the whole check is
-``python -m sleeptrain.memory.kernels.check``.
+only ours is timed; where it splits the sequence, without that, too. First comes the gradient check of two
+problems; the whole check is ``python -m sleeptrain.memory.kernels.check``.
 """
 
 import importlib.util
 import statistics
 import sys
 from collections.abc import Callable
+from functools import partial
 from typing import NamedTuple
 
 import measure
@@ -50,6 +51,7 @@ SHAPES = (
     Shape(1, 8192, 16, 32, 128, ("backward",), 1.444, 1.3),
     Shape(1, 32768, 16, 32, 128, ("backward",), 5.697, 1.3),
     Shape(8, 2048, 16, 16, 64, ("forward", "backward"), None, 1.2),
+    Shape(1, 8192, 8, 8, 128, ("forward", "backward"), None, 1.2),  # split in eight
 )
 QUICK_SHAPES = (Shape(1, 256, 2, 2, 64, ("forward", "backward")),)
 
@@ -90,6 +92,18 @@ def load_rules() -> dict[str, Rule]:
     return rules
 
 
+def not_split(shape: Shape) -> dict[str, Rule]:
+    """Ours with one scan over the whole sequence, where it would be split."""
+    from sleeptrain.memory.kernels.rule import chunked_triton
+    from sleeptrain.memory.kernels.tiles import choose_tiles
+
+    sizes = (shape.num_tokens, shape.num_batch * shape.num_heads, shape.dim, shape.dim, 2)
+    if choose_tiles(*sizes).segments == 1:
+        return {}
+    tiles = choose_tiles(*sizes, max_segments=1)
+    return {"ours, not split": partial(chunked_triton, tiles=tiles)}  # type: ignore[dict-item]
+
+
 def check() -> None:
     from sleeptrain.memory.kernels.check import Case, above_bar, errors
 
@@ -101,6 +115,7 @@ def check() -> None:
 def compare(shape: Shape, part: str, rules: dict[str, Rule], options) -> None:
     """Times one part of all rules, and refuses a peer that computes something else."""
     print(f"\n{part}, {shape}")
+    rules = rules | not_split(shape)
     inputs, d_outputs = make_problem(shape)
     results = {name: solve(rule, inputs, d_outputs) for name, rule in rules.items()}
     difference = {

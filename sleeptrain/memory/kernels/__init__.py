@@ -14,5 +14,6 @@ the chunk and b the write strengths (the mathematics of ``chunked.py``, with U a
     dS = exp(G_C) dS' + Q^T diag(exp(G)) d_out - K^T diag(b exp(G)) dR
     dq, dk, dv, d_log_decay, d_beta                      gradients.py, all chunks at once
 
-``rule.py`` joins them behind the contract; ``tiles.py`` has the sizes; ``check.py`` proves them on a device.
+``rule.py`` joins them behind the contract; ``split.py`` scans a long sequence in parts, side by side;
+``tiles.py`` has the sizes; ``check.py`` proves them on a device.
 """

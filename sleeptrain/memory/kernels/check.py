@@ -39,7 +39,8 @@ LEAST_RMS = (
 
 
 class Case(NamedTuple):
-    """Sizes and type of one problem; ``extreme`` gates mix the ends of their ranges in every chunk."""
+    """Sizes and type of one problem; ``extreme`` gates mix the ends of their ranges in every chunk, ``slow``
+    decays let hundreds of tokens pass before a state is gone."""
 
     rule: str = "gated_delta"
     num_sequences: int = 2
@@ -50,11 +51,12 @@ class Case(NamedTuple):
     value_dim: int = 64
     dtype: torch.dtype = torch.bfloat16
     extreme: bool = False
+    slow: bool = False
     is_read: bool = True
     seed: int = 0
 
     def __str__(self) -> str:
-        gates = "extreme" if self.extreme else "usual"
+        gates = "extreme" if self.extreme else "slow" if self.slow else "usual"
         read = "" if self.is_read else ", not read"
         return (
             f"{self.rule} {str(self.dtype).removeprefix('torch.')} T {self.num_tokens} "
@@ -64,7 +66,8 @@ class Case(NamedTuple):
 
 
 def cases(num_seeds: int) -> Iterator[Case]:
-    """Every rule, head size, type and kind of gate; odd lengths, one token, shared keys; by seed."""
+    """Every rule, head size, type and kind of gate; odd lengths, one token, shared keys; sequences that are
+    split; by seed."""
     for seed in range(num_seeds):
         for extreme in (False, True):
             for dim in (64, 96, 128, 256):
@@ -76,6 +79,18 @@ def cases(num_seeds: int) -> Iterator[Case]:
             yield Case("delta", extreme=extreme, seed=seed)
             yield Case("gated_hebbian", extreme=extreme, seed=seed)
             yield Case(is_read=False, extreme=extreme, seed=seed)
+        yield from split_cases(seed)
+
+
+def split_cases(seed: int) -> Iterator[Case]:
+    """One sequence long enough to be split; what a segment leaves still matters in the next one."""
+    long = Case(num_sequences=1, num_tokens=1024, slow=True, seed=seed)
+    for rule in RULES:
+        yield long._replace(rule=rule)
+    yield long._replace(slow=False, extreme=True)
+    yield long._replace(is_read=False)
+    yield long._replace(num_tokens=512, dtype=torch.float32)
+    yield long._replace(num_heads=4, key_dim=96, value_dim=256)
 
 
 def errors(case: Case, device: str, tiles: Tiles | None = None) -> dict[str, float]:
@@ -115,7 +130,7 @@ def make_inputs(case: Case, device: str) -> list[Tensor]:
         log_decay = torch.tensor(EXTREME_LOG_DECAYS)[(gates[0] * len(EXTREME_LOG_DECAYS)).long()]
         beta = torch.tensor(EXTREME_BETAS)[(gates[1] * len(EXTREME_BETAS)).long()]
     else:
-        log_decay, beta = -0.2 * gates[0] ** 2, gates[1]
+        log_decay, beta = (-0.01 if case.slow else -0.2) * gates[0] ** 2, gates[1]
     q, k = F.normalize(q, dim=-1) * case.key_dim**-0.5, F.normalize(k, dim=-1)
     low = [x.to(device, case.dtype) for x in (q, k, v)]
     return low + [x.to(device) for x in (log_decay, beta, state)]

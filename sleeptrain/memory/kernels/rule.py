@@ -11,6 +11,7 @@ from torch.autograd.function import once_differentiable
 from sleeptrain.memory.kernels.factors import factors_kernel
 from sleeptrain.memory.kernels.gradients import gradients_kernel
 from sleeptrain.memory.kernels.scan import scan_backward_kernel, scan_kernel
+from sleeptrain.memory.kernels.split import gradients_after, in_segments, states_before
 from sleeptrain.memory.kernels.tiles import Tiles, choose_tiles, power_of_2
 from sleeptrain.memory.rule import RULES
 
@@ -37,12 +38,18 @@ def chunked_triton(
     tensors += [x.float() for x in (log_decay, beta, state)]
     is_kept = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
     contiguous = [None if x is None else x.contiguous() for x in tensors]
+    if tiles.segments > 1:
+        contiguous[:5] = [None if x is None else in_segments(x, tiles.segments) for x in contiguous[:5]]
     with torch.cuda.device_of(v):
-        return _TritonRule.apply(*contiguous, rule, tiles, is_kept)
+        out, last_state = _TritonRule.apply(*contiguous, rule, tiles, is_kept)
+    return None if out is None else out.view(v.shape), last_state
 
 
 class _TritonRule(torch.autograd.Function):
-    """Saves the factors, states and written values of each chunk; activation checkpointing drops these."""
+    """Saves the factors, states and written values of each chunk; activation checkpointing drops these.
+
+    Where sequences are split, all but the states before and after is of segments, ``[B * P, T / P, ...]``.
+    """
 
     @staticmethod
     def forward(
@@ -80,32 +87,40 @@ class _TritonRule(torch.autograd.Function):
             KEYS=tiles.factor_keys, num_warps=tiles.warps, num_stages=tiles.stages, **common,
         )  # fmt: skip
 
-        out, last_state = None if q is None else torch.empty_like(v), torch.empty_like(state)
-        states = v.new_empty(num_states, num_chunks, *state.shape[2:]) if is_kept else None
-        written = torch.empty_like(v) if is_kept else None
         scan = common | {"V": value_dim, "KEYS": power_of_2(k.shape[-1]), "VALUES": tiles.scan_values}
         scan |= {"num_warps": tiles.scan_warps, "num_stages": tiles.scan_stages}
+        maps = None
+        if tiles.segments > 1:
+            state, maps = states_before(k, v, beta, total, rest, state, scan)
+        out, last_state = None if q is None else torch.empty_like(v), torch.empty_like(state)
+        states = v.new_empty(num_states, num_chunks, *state.shape[-2:]) if is_kept else None
+        written = torch.empty_like(v) if is_kept else None
         grid = (num_states, triton.cdiv(value_dim, tiles.scan_values))
         scan_kernel[grid](
             q, k, v, beta, total, rest, reads, state,
-            out, last_state, states, written, *sizes, KEEPS=is_kept, **scan,
+            out, last_state, states, written, *sizes, WIDTH=value_dim, KEEPS=is_kept, **scan,
         )  # fmt: skip
         ctx.decays, ctx.tiles, ctx.common, ctx.scan, ctx.scan_grid = decays, tiles, common, scan, grid
-        ctx.save_for_backward(q, k, v, beta, total, rest, reads, states, written)
-        return out, last_state
+        kept_maps = maps.contiguous() if maps is not None and is_kept else None
+        ctx.save_for_backward(q, k, v, beta, total, rest, reads, states, written, kept_maps)
+        return out, last_state if maps is None else last_state[:, -1].clone()  # it outlives the others
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, d_out: Tensor | None, d_last_state: Tensor) -> tuple[Tensor | None, ...]:
-        q, k, v, beta, total, rest, reads, states, written = ctx.saved_tensors
+        q, k, v, beta, total, rest, reads, states, written, maps = ctx.saved_tensors
         d_out = None if q is None or d_out is None else d_out.contiguous()
         d_last_state, sizes, tiles = d_last_state.contiguous(), _sizes(k, v), ctx.tiles
         with torch.cuda.device_of(v):
             d_states, d_right = torch.empty_like(states), torch.empty_like(v)
+            if maps is not None:
+                d_last_state = gradients_after(
+                    q, k, beta, total, rest, reads, d_out, d_last_state, maps, ctx.scan
+                )
             d_state = torch.empty_like(d_last_state)
             scan_backward_kernel[ctx.scan_grid](
                 q, k, beta, total, rest, reads, d_out, d_last_state,
-                d_states, d_right, d_state, *sizes, **ctx.scan,
+                d_states, d_right, d_state, *sizes, KEEPS=True, **ctx.scan,
             )  # fmt: skip
 
             # A key head shared by several value heads gets the sum of their gradients.
@@ -125,7 +140,7 @@ class _TritonRule(torch.autograd.Function):
             dv,
             d_log_decay if ctx.decays else None,
             d_beta,
-            d_state,
+            d_state if maps is None else d_state[:, 0],
             *(None,) * 3,
         )
 

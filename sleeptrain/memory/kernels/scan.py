@@ -9,14 +9,16 @@ from sleeptrain.memory.kernels.matrix import at, decay, load, product, store
 
 @triton.jit
 def scan_kernel(
-    q, k, v, beta, total, rest, reads, state,  # in: see factors.py; [B, T, Hv, V]; [B * Hv, K, V] float32
+    q, k, v, beta, total, rest, reads, state,  # in: see factors.py; [B, T, Hv, V]; [B * Hv, K, WIDTH] float32
     out, last_state, states, written,  # out: as v; as state; S before each chunk [B * Hv, N, K, V]; Y as v
     T, Hk, Hv,
-    K: tl.constexpr, V: tl.constexpr, C: tl.constexpr, KEYS: tl.constexpr, VALUES: tl.constexpr,
-    TYPE: tl.constexpr, ERASES: tl.constexpr, READS: tl.constexpr, KEEPS: tl.constexpr,
+    K: tl.constexpr, V: tl.constexpr, WIDTH: tl.constexpr, C: tl.constexpr,
+    KEYS: tl.constexpr, VALUES: tl.constexpr, TYPE: tl.constexpr,
+    ERASES: tl.constexpr, READS: tl.constexpr, KEEPS: tl.constexpr,
 ):  # fmt: skip
     """Y = A^-1 diag(b) (V - diag(exp(G)) K S);  out = diag(exp(G)) Q S + P Y;  S' = exp(G_C) S + K^T
-    diag(exp(G_C - G)) Y. A rule that does not erase writes Y = diag(b) V."""
+    diag(exp(G_C - G)) Y. A rule that does not erase writes Y = diag(b) V. Columns of the state beyond those
+    of v have values of zero (split.py)."""
     row, tile = tl.program_id(0), tl.program_id(1)
     batch, head = row // Hv, row % Hv
     key_head = head // (Hv // Hk)
@@ -24,7 +26,7 @@ def scan_kernel(
     row = row.to(tl.int64)
     num_chunks = tl.cdiv(T, C)
 
-    S_KV = load(state + row * K * V, keys, values, K, V, V)
+    S_KV = load(state + row * K * WIDTH, keys, values, K, WIDTH, WIDTH)
     for n in range(num_chunks):
         left = T - n * C
         chunk = row * num_chunks + n
@@ -51,7 +53,7 @@ def scan_kernel(
             out_CV += product(load(reads + chunk * C * C, tokens, tokens, C, C, C), y_CV, TYPE)
             store(out + values_here, out_CV, tokens, values, left, V, Hv * V)
         S_KV = decay(G_end) * S_KV + product(tl.trans(k_CK), decay(G_end - G_C)[:, None] * y_CV, TYPE)
-    store(last_state + row * K * V, S_KV, keys, values, K, V, V)
+    store(last_state + row * K * WIDTH, S_KV, keys, values, K, WIDTH, WIDTH)
 
 
 @triton.jit
@@ -60,7 +62,7 @@ def scan_backward_kernel(
     d_states, d_right, d_state,  # out: dS' after each chunk [B * Hv, N, K, V]; dR as v; as state
     T, Hk, Hv,
     K: tl.constexpr, V: tl.constexpr, C: tl.constexpr, KEYS: tl.constexpr, VALUES: tl.constexpr,
-    TYPE: tl.constexpr, ERASES: tl.constexpr, READS: tl.constexpr,
+    TYPE: tl.constexpr, ERASES: tl.constexpr, READS: tl.constexpr, KEEPS: tl.constexpr,
 ):  # fmt: skip
     """dY = diag(exp(G_C - G)) K dS' + P^T d_out;  dR = A^-T dY;  dS = exp(G_C) dS' + Q^T diag(exp(G)) d_out
     - K^T diag(b exp(G)) dR. Where nothing erases, dR = dY and the last term is absent."""
@@ -76,7 +78,8 @@ def scan_backward_kernel(
         n = num_chunks - 1 - step
         left = T - n * C
         chunk = row * num_chunks + n
-        store(d_states + chunk * K * V, dS_KV, keys, values, K, V, V)
+        if KEEPS:
+            store(d_states + chunk * K * V, dS_KV, keys, values, K, V, V)
         keys_here, values_here = at(batch, n * C, key_head, T, Hk, K), at(batch, n * C, head, T, Hv, V)
         gates_here = at(batch, n * C, head, T, Hv, 1)
         gates = gates_here + tokens * Hv
@@ -96,5 +99,6 @@ def scan_backward_kernel(
             rest_CC = load(rest + chunk * C * C, tokens, tokens, C, C, C)
             dr_CV += product(tl.trans(rest_CC), dr_CV, TYPE)
             dS_KV -= product(tl.trans(k_CK), (b_C * decay(G_C))[:, None] * dr_CV, TYPE)
-        store(d_right + values_here, dr_CV, tokens, values, left, V, Hv * V)
+        if KEEPS:
+            store(d_right + values_here, dr_CV, tokens, values, left, V, Hv * V)
     store(d_state + row * K * V, dS_KV, keys, values, K, V, V)

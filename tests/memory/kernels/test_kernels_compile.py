@@ -20,7 +20,7 @@ pytestmark = [
 
 SHARED_BYTES = 227 * 2**10  # of a multiprocessor, for one program
 MOST_SPILLED_BYTES = 256  # what does not fit in a thread's registers goes to slow memory
-KERNELS = ("factors_kernel", "scan_kernel", "scan_backward_kernel", "gradients_kernel")
+KERNELS = ("factors", "scan", "scan_backward", "gradients", "scan_of_segments", "scan_backward_of_segments")
 KEY_DIMS = (64, 96, 128, 256)  # and values of the same size
 FLOAT32 = ("log_decay", "beta", "state", "last_state", "d_last_state", "d_state", "d_log_decay", "d_beta")
 
@@ -65,13 +65,22 @@ def compile_all() -> dict[str, dict[str, int]]:
         columns = {"KEYS": tiles.gradient_keys, "VALUES": tiles.gradient_values}
         scan_options = {"num_warps": tiles.scan_warps, "num_stages": tiles.scan_stages}
         options = {"num_warps": tiles.warps, "num_stages": tiles.stages}
-        for kernel, constants, chosen in (
-            (factors.factors_kernel, common | {"KEYS": tiles.factor_keys}, options),
-            (scan.scan_kernel, scanned | {"KEEPS": True}, scan_options),
-            (scan.scan_backward_kernel, scanned, scan_options),
-            (gradients.gradients_kernel, common | {"V": key_dim} | columns, options),
+        keeps, without = {"WIDTH": key_dim, "KEEPS": True}, {"READS": False, "KEEPS": False}
+        for name, kernel, constants, chosen in (
+            ("factors", factors.factors_kernel, common | {"KEYS": tiles.factor_keys}, options),
+            ("scan", scan.scan_kernel, scanned | keeps, scan_options),
+            ("scan_backward", scan.scan_backward_kernel, scanned | {"KEEPS": True}, scan_options),
+            ("gradients", gradients.gradients_kernel, common | {"V": key_dim} | columns, options),
+            # Those of split.py, before the state of a segment is known.
+            ("scan_of_segments", scan.scan_kernel, scanned | without | {"WIDTH": 2 * key_dim}, scan_options),
+            (
+                "scan_backward_of_segments",
+                scan.scan_backward_kernel,
+                scanned | {"KEEPS": False},
+                scan_options,
+            ),
         ):
-            results[f"{kernel.__name__} {low} {key_dim}"] = compile_one(kernel, constants, chosen, low)
+            results[f"{name} {low} {key_dim}"] = compile_one(kernel, constants, chosen, low)
     return results
 
 
