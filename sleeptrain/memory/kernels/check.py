@@ -19,23 +19,15 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from sleeptrain.memory.dispatch import choose
+from sleeptrain.memory.kernels import check_parts
+from sleeptrain.memory.kernels.bars import BARS, error_of
 from sleeptrain.memory.kernels.tiles import Tiles
 from sleeptrain.memory.rule import RULES, recurrent
 from sleeptrain.schema import ConfigError
 
 NAMES = ("q", "k", "v", "log_decay", "beta", "state")
-LOW = {"out": 5e-3, "last_state": 5e-3, "d_q": 8e-3, "d_k": 8e-3, "d_v": 8e-3, "d_state": 8e-3}
-LOW |= {"d_log_decay": 2e-2, "d_beta": 2e-2}  # the bars of flash-linear-attention's own tests in bfloat16
-BARS = {
-    torch.bfloat16: LOW,
-    torch.float16: {name: bar / 8 for name, bar in LOW.items()},  # it has three more bits
-    torch.float32: dict.fromkeys(LOW, 1e-5),
-}
 EXTREME_LOG_DECAYS = (0.0, -1e-6, -1e-3, -0.1, -1.0, -10.0, -60.0)
 EXTREME_BETAS = (0.0, 1.0, 1.99)
-LEAST_RMS = (
-    1e-3  # outputs and gradients are near 1 here; what decays have all but erased has no relative error
-)
 
 
 class Case(NamedTuple):
@@ -88,7 +80,7 @@ def errors(case: Case, device: str, tiles: Tiles | None = None) -> dict[str, flo
 
     reference = _solve(recurrent, [x.double() for x in inputs], d_outputs, case)
     actual = _solve(partial(chunked_triton, tiles=tiles), inputs, d_outputs, case)
-    return {name: _error(actual[name], x) for name, x in reference.items()}
+    return {name: error_of(actual[name], x) for name, x in reference.items()}
 
 
 def _solve(
@@ -137,16 +129,6 @@ def check_device(device: str = "cuda", num_seeds: int = 1) -> None:
                 f"the Triton kernels are wrong on {device} for {case}: {worst}; set "
                 "model.memory_backend=chunked"
             )
-
-
-def _error(actual: Tensor | None, reference: Tensor | None) -> float:
-    """Relative, in root mean squares; None counts as zero."""
-    if actual is None or reference is None:
-        given = reference if actual is None else actual
-        return 0.0 if given is None else float(given.detach().norm())
-    reference = reference.detach()
-    difference, size = (actual.detach().double() - reference).norm(), reference.norm()
-    return float(difference / size.clamp(min=LEAST_RMS * reference.numel() ** 0.5))
 
 
 def main() -> int:
