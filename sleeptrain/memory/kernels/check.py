@@ -1,10 +1,10 @@
-"""Do the kernels compute what the recurrence computes, on this device? To run before a long run on a new GPU,
-a new driver or a new Triton::
+"""Do the kernels compute what the plain forms compute, on this device? To run before a long run on a new
+GPU, a new driver or a new Triton::
 
     python -m sleeptrain.memory.kernels.check
 
 prints the worst error of every output and gradient by case, and ends with 1 if one is above its bar. An
-error is ||x - reference|| / ||reference||; the reference is the recurrence in float64 on the same rounded
+error is ||x - reference|| / ||reference||; the reference is the plain form in float64 on the same rounded
 inputs.
 """
 
@@ -21,6 +21,7 @@ from torch import Tensor
 from sleeptrain.memory.dispatch import choose
 from sleeptrain.memory.kernels import check_parts
 from sleeptrain.memory.kernels.bars import BARS, error_of
+from sleeptrain.memory.kernels.check_parts import Part, parts
 from sleeptrain.memory.kernels.tiles import Tiles
 from sleeptrain.memory.rule import RULES, recurrent
 from sleeptrain.schema import ConfigError
@@ -120,10 +121,25 @@ def above_bar(case: Case, found: dict[str, float]) -> dict[str, float]:
     return {name: error for name, error in found.items() if not error <= factor * BARS[case.dtype][name]}
 
 
+def problems(num_seeds: int) -> Iterator[Case | Part]:
+    """Of the rules, then of what stands around them."""
+    yield from cases(num_seeds)
+    yield from parts(num_seeds)
+
+
+def measure(case: Case | Part, device: str) -> tuple[dict[str, float], dict[str, float]]:
+    """All errors, and those that are too large."""
+    if isinstance(case, Case):
+        found = errors(case, device)
+        return found, above_bar(case, found)
+    found = check_parts.errors(case, device)
+    return found, check_parts.above_bar(case, found)
+
+
 def check_device(device: str = "cuda", num_seeds: int = 1) -> None:
     """Raises RuntimeError with the first case whose outputs or gradients are wrong on this device."""
-    for case in cases(num_seeds):
-        if bad := above_bar(case, errors(case, device)):
+    for case in problems(num_seeds):
+        if bad := measure(case, device)[1]:
             worst = ", ".join(f"{name} {error:.1e}" for name, error in bad.items())
             raise RuntimeError(
                 f"the Triton kernels are wrong on {device} for {case}: {worst}; set "
@@ -145,9 +161,9 @@ def main() -> int:
         return 2
     worst: dict[str, dict[str, float]] = {}
     num_bad = 0
-    for case in cases(options.seeds):
-        found = errors(case, device)
-        num_bad += bool(above_bar(case, found))
+    for case in problems(options.seeds):
+        found, bad = measure(case, device)
+        num_bad += bool(bad)
         row = worst.setdefault(str(case._replace(seed=0)), found)
         row |= {name: max(error, row[name]) for name, error in found.items()}
     for label, row in worst.items():

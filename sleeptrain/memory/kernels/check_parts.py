@@ -49,8 +49,9 @@ class Convolution(NamedTuple):
         return {name: x.to(device) for name, x in found.items()}
 
     def run(self, inputs: Tensors, backend: str) -> Tensors:
-        given = [inputs.get(name) for name in ("taps", "tail", "valid")]
-        return {"out": short_convolution(inputs["x"], *given, self.head_dim, self.length, backend)}
+        taps, tail, valid = (inputs.get(name) for name in ("taps", "tail", "valid"))
+        out = short_convolution(inputs["x"], taps, tail, valid, self.head_dim, self.length, backend)
+        return {"out": out}
 
 
 class Gates(NamedTuple):

@@ -15,7 +15,7 @@ from sleeptrain.memory.kernels.convolution import (
 from sleeptrain.memory.kernels.tiles import power_of_2
 
 CHANNELS = 64  # of a program whose heads are not normalised
-ELEMENTS = 4096  # of a tile: 32 a thread
+ELEMENTS = 2048  # of a tile: 16 a thread
 SPAN_TOKENS = 256  # whose gradient of static taps one program adds up; the rest is a sum over spans
 
 

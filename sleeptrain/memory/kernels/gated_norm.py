@@ -18,8 +18,8 @@ from sleeptrain.memory.kernels.activations import sigmoid, silu_slope
 from sleeptrain.memory.kernels.matrix import load, store
 from sleeptrain.memory.kernels.tiles import power_of_2
 
-ELEMENTS = 4096  # of a tile: 32 a thread
-SPAN_TILES = 8  # whose gradient of the weight one program adds up; the rest is a sum over spans
+ELEMENTS = 2048  # of a tile: 16 a thread
+SPAN_TILES = 16  # of rows whose gradient of the weight one program adds up; the rest is a sum over spans
 
 
 @triton.jit
@@ -39,15 +39,14 @@ def gated_norm_kernel(
 def gated_norm_gradient_kernel(
     x, gate, weight, d_out,  # in: as above; as x
     dx, d_gate, d_weight,  # out: as x; as gate; sums over a program's rows [programs, V] float32
-    N, eps, V: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, TILES: tl.constexpr,
+    N, eps, V: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, SPAN: tl.constexpr,
 ):  # fmt: skip
-    """dx = (dn - n mean(dn n)) rsqrt(mean(x^2) + eps), dn = weight g d_out. A program has TILES tiles."""
+    """dx = (dn - n mean(dn n)) rsqrt(mean(x^2) + eps), dn = weight g d_out. A program has SPAN rows."""
     rows, columns = tl.arange(0, ROWS), tl.arange(0, COLUMNS)
     w_V = tl.load(weight + columns, mask=columns < V, other=0.0).to(tl.float32)
     d_weight_V = tl.zeros([COLUMNS], tl.float32)
-    start = tl.program_id(0).to(tl.int64) * (ROWS * TILES)
-    for tile in range(TILES):
-        first = start + tile * ROWS
+    start = tl.program_id(0).to(tl.int64) * SPAN
+    for first in range(start, tl.minimum(start + SPAN, N), ROWS):
         left = N - first
         n_NV, scale_N, gate_NV = _normalise(x, gate, first, columns, N, eps, V, ROWS)
         d_NV = load(d_out + first * V, rows, columns, left, V, V).to(tl.float32)
@@ -94,12 +93,13 @@ class _FusedGatedNorm(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, d_out: Tensor) -> tuple[Tensor | None, ...]:
         x, gate, weight = ctx.saved_tensors
-        grid = (triton.cdiv(ctx.sizes[0], ctx.constants["ROWS"] * SPAN_TILES),)
+        span = ctx.constants["ROWS"] * SPAN_TILES
+        grid = (triton.cdiv(ctx.sizes[0], span),)
         with torch.cuda.device_of(x):
             dx, d_gate = torch.empty_like(x), torch.empty_like(gate)
             d_weight = weight.new_empty(*grid, len(weight), dtype=torch.float32)
             gated_norm_gradient_kernel[grid](
                 x, gate, weight, d_out.contiguous(), dx, d_gate, d_weight, *ctx.sizes,
-                TILES=SPAN_TILES, **ctx.constants,
+                SPAN=span, **ctx.constants,
             )  # fmt: skip
         return dx, d_gate, d_weight.sum(0).to(weight.dtype), None

@@ -123,7 +123,7 @@ class _FusedGates(torch.autograd.Function):
         a, b, A_log, dt_bias, valid = ctx.saved_tensors
         da, db = None if a is None else torch.empty_like(a), torch.empty_like(b)
         with torch.cuda.device_of(b):
-            d_heads = None if a is None else d_beta.new_empty(*ctx.grid, 2, b.shape[-1])
+            d_heads: Any = None if a is None else d_beta.new_empty(*ctx.grid, 2, b.shape[-1])
             gates_gradient_kernel[ctx.grid](
                 a, b, A_log, dt_bias, valid, d_log_decay.contiguous(), d_beta.contiguous(),
                 da, db, d_heads, *ctx.sizes, **ctx.constants,
