@@ -3,6 +3,7 @@
 Shape letters: B batch, T tokens, H value heads, V value size.
 """
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -18,4 +19,5 @@ def gated_rms_norm(
         from sleeptrain.memory.kernels.gated_norm import fused_gated_norm
 
         return fused_gated_norm(x_BTHV, gate_BTHV, weight, eps)
-    return (F.rms_norm(x_BTHV, weight.shape, weight, eps) * F.silu(gate_BTHV)).to(x_BTHV.dtype)
+    x = x_BTHV.to(torch.promote_types(x_BTHV.dtype, weight.dtype))  # torch's fast form wants one type
+    return (F.rms_norm(x, weight.shape, weight, eps) * F.silu(gate_BTHV)).to(x_BTHV.dtype)

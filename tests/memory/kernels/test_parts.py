@@ -52,7 +52,7 @@ LONG_PARTS: list[Part] = [
     GatedNorm(num_tokens=300, num_heads=2, value_dim=384, dtype=torch.float32),
 ]
 BLOCKS: dict[str, type[FastWeight]] = {"gdn": GDN, "jet": Jet}
-SLOW_DECAYS = "slow decays"
+SLOW_DECAYS, MIXED = "slow decays", "mixed types"
 
 
 def run(name: str) -> dict[str, dict[str, float]]:
@@ -94,6 +94,10 @@ def test_slow_decays_keep_their_digits(found: dict[str, dict[str, float]]) -> No
     assert found[SLOW_DECAYS]["worst"] <= 1e-6
 
 
+def test_types_and_layouts_may_be_mixed(found: dict[str, dict[str, float]]) -> None:
+    assert found[MIXED] == {"difference": 0, "wrong types": 0}
+
+
 def through_block(name: str) -> dict[str, float]:
     """Relative differences of outputs, states and gradients, kernels against chunked torch; with pads, a
     state and a tail."""
@@ -129,11 +133,31 @@ def slow_decays() -> dict[str, float]:
     return {"worst": float((log_decay / -exact - 1).abs().max())}
 
 
+def mixed_types() -> dict[str, float]:
+    """Autocast leaves x in bfloat16 and taps, tail and weights in float32, and nothing need be contiguous:
+    how far the result is from that of contiguous inputs, and how many results and gradients have another type
+    than what they belong to."""
+    x, tail = torch.randn(2, 8, 5).bfloat16().mT, torch.randn(2, 8, 3).mT
+    taps, weight = torch.randn(4, 8).mT, torch.randn(4)
+
+    def run_parts(x: Tensor, taps: Tensor, tail: Tensor, weight: Tensor) -> Tensor:
+        heads = memory.short_convolution(x, taps, tail, None, 4, backend="triton")
+        return memory.gated_rms_norm(heads, heads.float(), weight, 1e-6, "triton")
+
+    leaves = [y.detach().requires_grad_() for y in (x, taps, tail, weight)]
+    out = run_parts(*leaves)
+    gradients = torch.autograd.grad(out.float().sum(), leaves)
+    difference = (out - run_parts(*(y.contiguous() for y in (x, taps, tail, weight)))).abs().max()
+    wrong_types = sum(g.dtype != y.dtype for g, y in zip((out, *gradients), (x, *leaves)))
+    return {"difference": float(difference), "wrong types": wrong_types}
+
+
 if __name__ == "__main__":
     torch.set_num_threads(1)
     torch.use_deterministic_algorithms(True)
     is_short = sys.argv[1] == "short"
     results = {str(part): errors(part, "cpu") for part in (PARTS if is_short else LONG_PARTS)}
     if is_short:
-        results |= {name: through_block(name) for name in BLOCKS} | {SLOW_DECAYS: slow_decays()}
+        results |= {name: through_block(name) for name in BLOCKS}
+        results |= {SLOW_DECAYS: slow_decays(), MIXED: mixed_types()}
     print(json.dumps(results))
