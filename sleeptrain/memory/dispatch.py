@@ -1,4 +1,4 @@
-"""Which form of the memory rules runs, and why; ``apply`` is what the model calls.
+"""Which form of the memory rules, and of what stands around them, runs, and why; ``apply`` runs a rule.
 
 ``recurrent`` is the reference, ``chunked`` torch on any device, ``triton`` the kernels. Nothing of triton is
 imported before its kernels run.
@@ -45,6 +45,12 @@ def apply(
         return chunked_triton(q, k, v, log_decay, beta, state, rule)
     function = chunked if chosen == "chunked" else recurrent
     return function(q, k, v, log_decay, beta, state, rule)
+
+
+def runs_kernels(x: Tensor, backend: str, key_dim: int = 1) -> bool:
+    """Whether what stands around the rule (convolution, gates, norm) runs as kernels too, on ``x``: where
+    ``choose`` would name them for the rule. Raises ConfigError as it does."""
+    return x.numel() > 0 and choose(x.device.type, x.dtype, key_dim, backend).backend == "triton"
 
 
 @functools.cache

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from sleeptrain import memory
 from sleeptrain.config import ModelConfig
-from sleeptrain.model.layers import Float32Linear, RMSNorm, causal_convolution, convolution_tail
+from sleeptrain.model.layers import Float32Linear, RMSNorm
 from sleeptrain.model.state import BlockState, Tokens
 
 
@@ -33,6 +33,9 @@ class FastWeight(nn.Module):
             config.memory_value_dim,
             config.conv_width,
         )
+        # Size and length of a head, for short_convolution.
+        self.query_form = (self.key_dim, self.key_dim**-0.5)
+        self.key_form, self.value_form = (self.key_dim, 1.0), (self.value_dim, None)
         keys, values = config.qk_heads * config.memory_key_dim, config.memory_heads * config.memory_value_dim
         self.q_proj = nn.Linear(config.d_model, keys, bias=False)
         self.k_proj = nn.Linear(config.d_model, keys, bias=False)
@@ -44,7 +47,7 @@ class FastWeight(nn.Module):
             self.dt_bias = nn.Parameter(torch.empty(config.memory_heads))
         self.g_proj = nn.Linear(config.d_model, values, bias=False)
         eps = config.norm_eps if config.memory_norm_eps is None else config.memory_norm_eps
-        self.o_norm = RMSNorm(config.memory_value_dim, eps)
+        self.o_norm = _GatedNorm(config.memory_value_dim, eps)
         self.o_proj = nn.Linear(values, config.d_model, bias=False)
 
     def forward(
@@ -59,8 +62,8 @@ class FastWeight(nn.Module):
         )
         if not is_read:
             return None, BlockState(written, tail)
-        gate = F.silu(self.g_proj(x_BTD)).unflatten(-1, (-1, self.value_dim))
-        return self.o_proj((self.o_norm(out) * gate).flatten(2)), BlockState(written, tail)
+        gate = self.g_proj(x_BTD).unflatten(-1, (-1, self.value_dim))
+        return self.o_proj(self.o_norm(out, gate, self.backend).flatten(2)), BlockState(written, tail)
 
     @property
     def tail_channels(self) -> dict[str, int]:
@@ -72,31 +75,13 @@ class FastWeight(nn.Module):
     ) -> tuple[Tensor | None, Tensor, Tensor, Tensor | None]:
         raise NotImplementedError
 
-    def _as_keys(self, x_BTC: Tensor, length: float = 1.0) -> Tensor:
-        """Heads of this length, in at least float32."""
-        x = x_BTC.unflatten(-1, (-1, self.key_dim)).to(memory.state_dtype(x_BTC.dtype))
-        return x * (torch.rsqrt(x.square().sum(-1, keepdim=True) + 1e-6) * length)
-
-    def _as_queries(self, x_BTC: Tensor) -> Tensor:
-        """As keys, scaled by d_k^-1/2."""
-        return self._as_keys(x_BTC, self.key_dim**-0.5)
-
-    def _as_values(self, x_BTC: Tensor) -> Tensor:
-        return x_BTC.unflatten(-1, (-1, self.value_dim))
-
     def _gates(self, x_BTD: Tensor, tokens: Tokens) -> tuple[Tensor, Tensor]:
-        """Log decay and write strength ``[B, T, H]`` (method: a = exp(-exp(A_log) softplus(W_a x +
-        dt_bias)))."""
-        beta = torch.sigmoid(self.b_proj(x_BTD))
-        log_decay = torch.zeros_like(beta)
-        if memory.RULES[self.rule].decays:
-            rates = F.softplus(self.a_proj(x_BTD) + self.dt_bias.to(beta.dtype))
-            log_decay = -self.A_log.to(beta.dtype).exp() * rates
-        if self.negative_eigenvalues:
-            beta = 2 * beta
-        if tokens.valid is not None:
-            beta, log_decay = (g.masked_fill(~tokens.valid[..., None], 0.0) for g in (beta, log_decay))
-        return log_decay, beta
+        """Log decay and write strength ``[B, T, H]``."""
+        decays = memory.RULES[self.rule].decays
+        decay = (self.a_proj(x_BTD), self.A_log, self.dt_bias) if decays else None
+        return memory.gates_of_logits(
+            self.b_proj(x_BTD), decay, tokens.valid, self.negative_eigenvalues, self.backend
+        )
 
 
 class GDN(FastWeight):
@@ -116,21 +101,22 @@ class GDN(FastWeight):
     def _queries_keys_values(
         self, x_BTD: Tensor, tail: Tensor | None, tokens: Tokens, with_queries: bool
     ) -> tuple[Tensor | None, Tensor, Tensor, Tensor | None]:
-        projections = [(self.k_proj, self.k_conv), (self.v_proj, self.v_conv)]
+        projections = [(self.k_proj, self.k_conv, self.key_form), (self.v_proj, self.v_conv, self.value_form)]
         if with_queries:
-            projections.insert(0, (self.q_proj, self.q_conv))
-        sizes = [len(kernels) for _, kernels in projections]
+            projections.insert(0, (self.q_proj, self.q_conv, self.query_form))
+        sizes = [len(taps) for _, taps, _ in projections]
         # A tail holds the channels of queries, keys and values; where no query is asked for, it lacks theirs.
         tails = [None] * len(sizes) if tail is None else tail[..., -sum(sizes) :].split(sizes, dim=-1)
-        mixed, new_tails = [], []
-        for (linear, kernels), old in zip(projections, tails):
-            channels = _without_pads(linear(x_BTD), tokens.valid)
-            mixed.append(F.silu(causal_convolution(channels, kernels, old)))
+        heads, new_tails = [], []
+        for (linear, taps, form), old in zip(projections, tails):
+            channels = linear(x_BTD)
+            heads.append(
+                memory.short_convolution(channels, taps, old, tokens.valid, *form, backend=self.backend)
+            )
             if tokens.keeps_tail:
-                new_tails.append(convolution_tail(channels, old, tokens.valid, self.conv_width))
+                new_tails.append(memory.convolution_tail(channels, old, tokens.valid, self.conv_width))
         new_tail = torch.cat(new_tails, dim=-1) if new_tails else None
-        q = self._as_queries(mixed[0]) if with_queries else None
-        return q, self._as_keys(mixed[-2]), self._as_values(mixed[-1]), new_tail
+        return heads[0] if with_queries else None, heads[-2], heads[-1], new_tail
 
 
 class Jet(FastWeight):
@@ -149,18 +135,27 @@ class Jet(FastWeight):
     def _queries_keys_values(
         self, x_BTD: Tensor, tail: Tensor | None, tokens: Tokens, with_queries: bool
     ) -> tuple[Tensor | None, Tensor, Tensor, Tensor | None]:
-        channels = _without_pads(self.v_proj(x_BTD), tokens.valid)
-        kernels = self.kernel_out(F.silu(self.kernel_in(x_BTD))).unflatten(-1, (-1, self.conv_width))
-        v = F.silu(causal_convolution(channels, kernels, tail))
-        new_tail = (
-            convolution_tail(channels, tail, tokens.valid, self.conv_width) if tokens.keeps_tail else None
+        channels = self.v_proj(x_BTD)
+        taps = self.kernel_out(F.silu(self.kernel_in(x_BTD))).unflatten(-1, (-1, self.conv_width))
+        v = memory.short_convolution(
+            channels, taps, tail, tokens.valid, *self.value_form, backend=self.backend
         )
-        q = self._as_queries(F.silu(self.q_proj(x_BTD))) if with_queries else None
-        return q, self._as_keys(F.silu(self.k_proj(x_BTD))), self._as_values(v), new_tail
+        new_tail = None
+        if tokens.keeps_tail:
+            new_tail = memory.convolution_tail(channels, tail, tokens.valid, self.conv_width)
+        q = self._without_convolution(self.q_proj(x_BTD), self.query_form) if with_queries else None
+        return q, self._without_convolution(self.k_proj(x_BTD), self.key_form), v, new_tail
+
+    def _without_convolution(self, x_BTC: Tensor, form: tuple[int, float]) -> Tensor:
+        """A pad writes nothing and nobody reads what it reads, so it may stay."""
+        return memory.short_convolution(x_BTC, None, None, None, *form, backend=self.backend)
 
 
-def _without_pads(x_BTC: Tensor, valid: Tensor | None) -> Tensor:
-    return x_BTC if valid is None else x_BTC.masked_fill(~valid[..., None], 0.0)
+class _GatedNorm(RMSNorm):
+    """The norm of the reads, times a gate."""
+
+    def forward(self, x: Tensor, gate: Tensor, backend: str) -> Tensor:  # type: ignore[override]
+        return memory.gated_rms_norm(x, gate, self.factor, self.eps, backend)
 
 
 def _fast_weights(state: BlockState) -> Tensor:

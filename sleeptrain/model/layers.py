@@ -1,15 +1,11 @@
-"""The small parts of a block: norm, rotary positions, gated MLP, short convolution.
+"""The small parts of a block: norm, rotary positions, gated MLP.
 
-Shape letters: B batch, T tokens, D model width, H heads, C channels, W convolution taps.
+Shape letters: B batch, T tokens, D model width, H heads.
 """
-
-from collections.abc import Iterator
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 
 
 class RMSNorm(nn.Module):
@@ -80,77 +76,3 @@ def rotate(x: Tensor, table: tuple[Tensor, Tensor]) -> Tensor:
         return torch.cat([first, x[..., rotary_dim:]], dim=-1)
     first, second = x.chunk(2, dim=-1)
     return torch.addcmul(x * cos, torch.cat([second, first], dim=-1), sin).to(x.dtype)
-
-
-def causal_convolution(x_BTC: Tensor, kernels: Tensor, tail: Tensor | None) -> Tensor:
-    """Depthwise causal convolution: the sum over taps w of ``kernels[..., w]`` times x at ``t - (W - 1) +
-    w``.
-
-    ``kernels`` is ``[C, W]``, or ``[B, T, C, W]`` where every token has its own (Jet block). ``tail`` ``[B,
-    W-1, C]`` holds the inputs before the first token; None: zeros.
-    """
-    x = x_BTC if tail is None else torch.cat([tail.to(x_BTC.dtype), x_BTC], dim=1)
-    dtype = torch.promote_types(x.dtype, kernels.dtype)
-    return _TapSum.apply(x.to(dtype), kernels.to(dtype), x_BTC.shape[1])
-
-
-class _TapSum(torch.autograd.Function):
-    """The sum over taps for the last ``num_tokens`` inputs; before the first input there are zeros, which are
-    neither stored nor multiplied. Its own backward adds into one buffer instead of one tensor per tap."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, kernels: Tensor, num_tokens: int) -> Tensor:
-        ctx.save_for_backward(x, kernels)
-        ctx.num_tokens = num_tokens
-        out = x[:, x.shape[1] - num_tokens :] * kernels[..., -1]
-        for w, tokens, inputs in _earlier_taps(x.shape[1], num_tokens, kernels.shape[-1]):
-            out[:, tokens].addcmul_(x[:, inputs], _kernels_of(kernels, tokens)[..., w])
-        return out
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, d_out: Tensor) -> tuple[Tensor, Tensor, None]:
-        (x, kernels), num_tokens = ctx.saved_tensors, ctx.num_tokens
-        newest = slice(x.shape[1] - num_tokens, None)
-        d_x, d_kernels = torch.zeros_like(x), torch.zeros_like(kernels)
-        d_x[:, newest] = d_out * kernels[..., -1]
-        d_kernels[..., -1] = _over_tokens(d_out * x[:, newest], kernels)
-        for w, tokens, inputs in _earlier_taps(x.shape[1], num_tokens, kernels.shape[-1]):
-            d_part = d_out[:, tokens]
-            d_x[:, inputs].addcmul_(d_part, _kernels_of(kernels, tokens)[..., w])
-            _kernels_of(d_kernels, tokens)[..., w] = _over_tokens(d_part * x[:, inputs], kernels)
-        return d_x, d_kernels, None
-
-
-def _earlier_taps(num_inputs: int, num_tokens: int, num_taps: int) -> Iterator[tuple[int, slice, slice]]:
-    """For each tap but the newest: its index, the tokens that it reaches an input from, and those inputs."""
-    for back in range(1, min(num_taps, num_inputs)):
-        count = min(num_tokens, num_inputs - back)
-        inputs = slice(num_inputs - back - count, num_inputs - back)
-        yield num_taps - 1 - back, slice(num_tokens - count, num_tokens), inputs
-
-
-def _kernels_of(kernels: Tensor, tokens: slice) -> Tensor:
-    return kernels if kernels.dim() == 2 else kernels[:, tokens]
-
-
-def _over_tokens(d_tap: Tensor, kernels: Tensor) -> Tensor:
-    """The gradient of a static kernel is a sum over tokens; a token's own kernel has its own."""
-    return d_tap.sum((0, 1)) if kernels.dim() == 2 else d_tap
-
-
-def convolution_tail(x_BTC: Tensor, tail: Tensor | None, valid: Tensor | None, num_taps: int) -> Tensor:
-    """The newest ``num_taps - 1`` inputs ``[B, W-1, C]`` that are no pads: what a following convolution
-    starts from."""
-    size = num_taps - 1
-    if tail is None:
-        tail = x_BTC.new_zeros(len(x_BTC), size, x_BTC.shape[-1])
-    inputs = torch.cat([tail.to(x_BTC.dtype), x_BTC], dim=1)
-    if valid is None:
-        return inputs[:, inputs.shape[1] - size :]
-    # A row's newest inputs, in order: stable sort by "is a pad or older than the tail" keeps the order of the
-    # rest.
-    kept = torch.cat([valid.new_ones(len(valid), size), valid], dim=1)
-    order = kept.to(torch.int8).argsort(dim=1, stable=True)
-    order = order[:, order.shape[1] - size :]
-    return inputs.gather(1, order[..., None].expand(-1, -1, inputs.shape[-1]))

@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -79,11 +80,34 @@ def test_the_forced_backend_is_the_one_that_runs(monkeypatch: pytest.MonkeyPatch
     )
 
 
+def around(x: torch.Tensor, backend: str) -> list[Callable[[], object]]:
+    """Calls of what stands around the rule."""
+    taps, heads = x.new_ones(4, 3), x[..., None]
+    return [
+        lambda: memory.short_convolution(x, taps, None, None, 2, 1.0, backend),
+        lambda: memory.gates_of_logits(x, None, None, backend=backend),
+        lambda: memory.gated_rms_norm(heads, heads, x.new_ones(1), 1e-6, backend),
+    ]
+
+
+@pytest.mark.usefixtures("compiled")
+def test_what_stands_around_the_rule_follows_its_choice() -> None:
+    for call in around(torch.randn(1, 5, 4), "triton"):
+        with pytest.raises(ConfigError, match=r"model.memory_backend=triton cannot run"):
+            call()
+    for backend in ("auto", "chunked", "recurrent"):
+        for call in around(torch.randn(1, 5, 4), backend):
+            call()
+
+
 def test_the_memory_runs_where_triton_is_not_installed() -> None:
     script = (
         "import sys; sys.modules['triton'] = None\n"
         "import torch; from sleeptrain import memory\n"
         "x, g = torch.ones(1, 3, 1, 2), torch.zeros(1, 3, 1)\n"
-        "memory.apply(x, x, x, g, g, torch.zeros(1, 1, 2, 2))"
+        "memory.apply(x, x, x, g, g, torch.zeros(1, 1, 2, 2))\n"
+        "memory.short_convolution(x[..., 0], None, None, None, 1)\n"
+        "memory.gated_rms_norm(x, x, x[0, 0, 0], 1e-6)\n"
+        "memory.gates_of_logits(g, None, None)"
     )
     subprocess.run([sys.executable, "-c", script], check=True)

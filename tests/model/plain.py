@@ -154,7 +154,8 @@ def fast_weight(mixer: Any, x: Tensor, S: Tensor, tail: Tensor | None) -> tuple[
     if RULES[mixer.rule].decays:
         log_decay = -mixer.A_log.exp() * F.softplus(mixer.a_proj(x) + mixer.dt_bias)
     out, S = recurrent(q * mixer.key_dim**-0.5, k, v, log_decay, beta, S, mixer.rule)
-    out = mixer.o_norm(out) * F.silu(mixer.g_proj(x)).view_as(out)
+    norm = mixer.o_norm
+    out = F.rms_norm(out, norm.weight.shape, norm.weight, norm.eps) * F.silu(mixer.g_proj(x)).view_as(out)
     return mixer.o_proj(out.flatten(2)), S, padded[:, len(padded[0]) - taps + 1 :]
 
 

@@ -1,4 +1,5 @@
-"""Triton kernels of the memory rules; imported only where they run (``dispatch.py``).
+"""Triton kernels of the memory rules and of what stands around them; imported only where they run
+(``dispatch.py``).
 
 With G the running sum of log decays in a chunk, D_ij = exp(G_i - G_j) for i >= j else 0, S the state before
 the chunk and b the write strengths (the mathematics of ``chunked.py``, with U and W never formed):
@@ -15,5 +16,6 @@ the chunk and b the write strengths (the mathematics of ``chunked.py``, with U a
     dq, dk, dv, d_log_decay, d_beta                      gradients.py, all chunks at once
 
 ``rule.py`` joins them behind the contract; ``split.py`` scans a long sequence in parts, side by side;
-``tiles.py`` has the sizes; ``check.py`` proves them on a device.
+``tiles.py`` has the sizes. ``fused_convolution.py`` (the kernels of ``convolution.py``), ``gates.py`` and
+``gated_norm.py`` are what stands around a rule. ``check.py`` proves all of them on a device.
 """

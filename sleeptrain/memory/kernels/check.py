@@ -1,10 +1,10 @@
-"""Do the kernels compute what the recurrence computes, on this device? To run before a long run on a new GPU,
-a new driver or a new Triton::
+"""Do the kernels compute what the plain forms compute, on this device? To run before a long run on a new
+GPU, a new driver or a new Triton::
 
     python -m sleeptrain.memory.kernels.check
 
 prints the worst error of every output and gradient by case, and ends with 1 if one is above its bar. An
-error is ||x - reference|| / ||reference||; the reference is the recurrence in float64 on the same rounded
+error is ||x - reference|| / ||reference||; the reference is the plain form in float64 on the same rounded
 inputs.
 """
 
@@ -19,23 +19,16 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from sleeptrain.memory.dispatch import choose
+from sleeptrain.memory.kernels import check_parts
+from sleeptrain.memory.kernels.bars import BARS, error_of
+from sleeptrain.memory.kernels.check_parts import Part, parts
 from sleeptrain.memory.kernels.tiles import Tiles
 from sleeptrain.memory.rule import RULES, recurrent
 from sleeptrain.schema import ConfigError
 
 NAMES = ("q", "k", "v", "log_decay", "beta", "state")
-LOW = {"out": 5e-3, "last_state": 5e-3, "d_q": 8e-3, "d_k": 8e-3, "d_v": 8e-3, "d_state": 8e-3}
-LOW |= {"d_log_decay": 2e-2, "d_beta": 2e-2}  # the bars of flash-linear-attention's own tests in bfloat16
-BARS = {
-    torch.bfloat16: LOW,
-    torch.float16: {name: bar / 8 for name, bar in LOW.items()},  # it has three more bits
-    torch.float32: dict.fromkeys(LOW, 1e-5),
-}
 EXTREME_LOG_DECAYS = (0.0, -1e-6, -1e-3, -0.1, -1.0, -10.0, -60.0)
 EXTREME_BETAS = (0.0, 1.0, 1.99)
-LEAST_RMS = (
-    1e-3  # outputs and gradients are near 1 here; what decays have all but erased has no relative error
-)
 
 
 class Case(NamedTuple):
@@ -103,7 +96,7 @@ def errors(case: Case, device: str, tiles: Tiles | None = None) -> dict[str, flo
 
     reference = _solve(recurrent, [x.double() for x in inputs], d_outputs, case)
     actual = _solve(partial(chunked_triton, tiles=tiles), inputs, d_outputs, case)
-    return {name: _error(actual[name], x) for name, x in reference.items()}
+    return {name: error_of(actual[name], x) for name, x in reference.items()}
 
 
 def _solve(
@@ -143,25 +136,30 @@ def above_bar(case: Case, found: dict[str, float]) -> dict[str, float]:
     return {name: error for name, error in found.items() if not error <= factor * BARS[case.dtype][name]}
 
 
+def problems(num_seeds: int) -> Iterator[Case | Part]:
+    """Of the rules, then of what stands around them."""
+    yield from cases(num_seeds)
+    yield from parts(num_seeds)
+
+
+def measure(case: Case | Part, device: str) -> tuple[dict[str, float], dict[str, float]]:
+    """All errors, and those that are too large."""
+    if isinstance(case, Case):
+        found = errors(case, device)
+        return found, above_bar(case, found)
+    found = check_parts.errors(case, device)
+    return found, check_parts.above_bar(case, found)
+
+
 def check_device(device: str = "cuda", num_seeds: int = 1) -> None:
     """Raises RuntimeError with the first case whose outputs or gradients are wrong on this device."""
-    for case in cases(num_seeds):
-        if bad := above_bar(case, errors(case, device)):
+    for case in problems(num_seeds):
+        if bad := measure(case, device)[1]:
             worst = ", ".join(f"{name} {error:.1e}" for name, error in bad.items())
             raise RuntimeError(
                 f"the Triton kernels are wrong on {device} for {case}: {worst}; set "
                 "model.memory_backend=chunked"
             )
-
-
-def _error(actual: Tensor | None, reference: Tensor | None) -> float:
-    """Relative, in root mean squares; None counts as zero."""
-    if actual is None or reference is None:
-        given = reference if actual is None else actual
-        return 0.0 if given is None else float(given.detach().norm())
-    reference = reference.detach()
-    difference, size = (actual.detach().double() - reference).norm(), reference.norm()
-    return float(difference / size.clamp(min=LEAST_RMS * reference.numel() ** 0.5))
 
 
 def main() -> int:
@@ -178,9 +176,9 @@ def main() -> int:
         return 2
     worst: dict[str, dict[str, float]] = {}
     num_bad = 0
-    for case in cases(options.seeds):
-        found = errors(case, device)
-        num_bad += bool(above_bar(case, found))
+    for case in problems(options.seeds):
+        found, bad = measure(case, device)
+        num_bad += bool(bad)
         row = worst.setdefault(str(case._replace(seed=0)), found)
         row |= {name: max(error, row[name]) for name, error in found.items()}
     for label, row in worst.items():

@@ -80,22 +80,25 @@ def compile_all() -> dict[str, dict[str, int]]:
                 scan_options,
             ),
         ):
-            results[f"{name} {low} {key_dim}"] = compile_one(kernel, constants, chosen, low)
+            types = dict.fromkeys(FLOAT32, "*fp32") | {"total": "*fp64", "T": "i32", "Hk": "i32", "Hv": "i32"}
+            results[f"{name} {low} {key_dim}"] = compile_one(kernel, constants, chosen, types, f"*{low}")
     return results
 
 
-def compile_one(kernel, constants: dict, options: dict, low: str) -> dict[str, int]:
-    """Bytes of shared memory, bytes spilled by a thread, and matrix instructions."""
+def compile_one(kernel, constants: dict, options: dict, types: dict[str, str], other: str) -> dict[str, int]:
+    """Bytes of shared memory, bytes spilled by a thread, and matrix instructions. ``types`` of parameters by
+    name, ``other`` for those not named."""
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    types = dict.fromkeys((p.name for p in kernel.params), f"*{low}") | dict.fromkeys(FLOAT32, "*fp32")
-    types |= (
-        {"total": "*fp64"} | dict.fromkeys(("T", "Hk", "Hv"), "i32") | dict.fromkeys(constants, "constexpr")
-    )
-    signature = {p.name: types[p.name] for p in kernel.params}
-    aligned = {(i,): [["tt.divisibility", 16]] for i, t in enumerate(signature.values()) if t != "constexpr"}
+    types = types | dict.fromkeys(constants, "constexpr")
+    signature = {p.name: types.get(p.name, other) for p in kernel.params}
+    aligned = {
+        (i,): [["tt.divisibility", 16]]
+        for i, t in enumerate(signature.values())
+        if t not in ("constexpr", "fp32")
+    }
     source = ASTSource(kernel, signature, constexprs=constants, attrs=aligned)
     binary = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
     ptx = Path(os.environ["TRITON_CACHE_DIR"]) / "kernel.ptx"
