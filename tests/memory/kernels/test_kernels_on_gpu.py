@@ -5,16 +5,34 @@ The same check as ``python -m sleeptrain.memory.kernels.check``, to be run befor
 
 import pytest
 
-from sleeptrain.memory.kernels.check import above_bar, cases, check_device, errors
+from sleeptrain import memory
+from sleeptrain.memory.dispatch import KERNELS
+from sleeptrain.memory.kernels.check import (
+    Case,
+    above_bar,
+    cases,
+    check_device,
+    check_run,
+    errors,
+    obstacle_to,
+)
 
 pytestmark = pytest.mark.gpu
 NUM_SEEDS = 20
 
 
-@pytest.mark.parametrize("case", cases(NUM_SEEDS), ids=str)
-def test_equals_the_recurrence(case) -> None:
-    assert above_bar(case, errors(case, "cuda")) == {}
+@pytest.mark.parametrize("backend", KERNELS)
+@pytest.mark.parametrize("case", list(cases(NUM_SEEDS)), ids=str)
+def test_equals_the_recurrence(case: Case, backend: str) -> None:
+    if reason := obstacle_to(case, "cuda", backend):
+        pytest.skip(reason)
+    assert above_bar(case, errors(case, "cuda", backend=backend)) == {}
 
 
 def test_check_device_passes() -> None:
     check_device("cuda")
+
+
+@pytest.mark.parametrize("rule", memory.RULES)
+def test_the_check_at_the_start_of_a_run_passes(rule: str) -> None:
+    check_run(Case(rule, num_sequences=64, num_tokens=1024, key_dim=128, value_dim=128), "cuda", "triton")
