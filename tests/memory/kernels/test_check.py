@@ -1,4 +1,4 @@
-"""The check that a run makes at its start lets the kernels pass, interpreted on a CPU, and finds a broken one.
+"""The check at the start of a run lets right kernels pass and finds broken ones, interpreted on a CPU.
 
 Triton reads TRITON_INTERPRET when it is imported, so this file is run as a script, too.
 """
