@@ -11,6 +11,8 @@ import sys
 import pytest
 import torch
 
+from sleeptrain.memory import recurrent
+from sleeptrain.memory.kernels import check
 from sleeptrain.memory.kernels.check import Case, cases, check_device, check_run, obstacle_to
 from sleeptrain.schema import ConfigError
 
@@ -42,6 +44,32 @@ def test_cases_that_the_kernels_of_others_cannot_run_are_skipped(
     reasons = {obstacle_to(case, "cuda", backend) for case in cases(1)}
     assert None in reasons
     assert f"{backend} takes float16 and bfloat16, not float32" in reasons
+
+
+def test_the_command_names_what_it_skips_and_fails_on_errors(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    """The recurrence stands in for fla, and then that of another rule."""
+    monkeypatch.setattr(check, "choose", lambda *problem: None)
+    monkeypatch.setattr(check, "cases", lambda num_seeds: [RUN, RUN._replace(dtype=torch.float64)])
+    monkeypatch.setattr(check, "obstacle_to", lambda case, *_: "no" if case.dtype == torch.float64 else None)
+    monkeypatch.setattr(check, "implementation", lambda backend: recurrent)
+    monkeypatch.setattr(sys, "argv", ["check", "--backend", "fla"])
+    assert check.main() == 0
+    said = capsys.readouterr().out
+    assert f"skipped  {RUN._replace(dtype=torch.float64)}: no\nPASS  0 problems above their bars" in said
+    monkeypatch.setattr(check, "implementation", lambda backend: lambda *x, rule: recurrent(*x, "delta"))
+    assert check.main() == 1
+    assert "FAIL  1 problems above their bars" in capsys.readouterr().out
+
+
+def test_the_command_says_what_cannot_run(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(sys, "argv", ["check", "--backend", "flash_qla"])
+    assert check.main() == 2
+    assert "error: model.memory_backend=flash_qla cannot run: " in capsys.readouterr().err
 
 
 def found() -> str:
