@@ -1,11 +1,12 @@
 """Which form of the memory rules, and of what stands around them, runs, and why; ``apply`` runs a rule.
 
-``recurrent`` is the reference, ``chunked`` torch on any device, ``triton`` the kernels. Nothing of triton is
-imported before its kernels run.
+``recurrent`` is the reference, ``chunked`` torch on any device, ``triton`` the kernels here, ``fla`` and
+``flash_qla`` those of others (``peers.py``). Nothing of a library of kernels is imported before they run.
 """
 
 import functools
 import os
+from collections.abc import Callable
 from importlib.util import find_spec
 from typing import NamedTuple
 
@@ -13,15 +14,17 @@ import torch
 from torch import Tensor
 
 from sleeptrain.memory.chunked import chunked
+from sleeptrain.memory.peers import PACKAGES, by_fla, by_flash_qla, obstacle_to_peer
 from sleeptrain.memory.rule import recurrent
 from sleeptrain.schema import ConfigError
 
 MAX_KEY_DIM = 256  # of the kernels: a program holds all key rows of its part of the state in registers
+KERNELS = ("triton", *PACKAGES)  # what kernels/check.py proves on a device
 TRITON_TYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
 class Choice(NamedTuple):
-    """``backend`` is recurrent, chunked or triton; ``reason`` completes the sentence "runs because"."""
+    """``backend`` is recurrent, chunked or one of KERNELS; ``reason`` completes "runs because"."""
 
     backend: str
     reason: str
@@ -38,39 +41,63 @@ def apply(
     backend: str = "auto",
 ) -> tuple[Tensor | None, Tensor]:
     """The contract of ``rule.py`` by the backend that ``choose`` names; raises ConfigError as it does."""
-    chosen = choose(v.device.type, v.dtype, k.shape[-1], backend).backend
-    if chosen == "triton":
+    chosen = choose(v.device.type, v.dtype, k.shape[-1], backend, v.shape[-1], rule).backend
+    return implementation(chosen)(q, k, v, log_decay, beta, state, rule)
+
+
+def implementation(backend: str) -> Callable[..., tuple[Tensor | None, Tensor]]:
+    """The function that has the contract of ``rule.py``, of a backend that ``choose`` named."""
+    if backend == "triton":
         from sleeptrain.memory.kernels.rule import chunked_triton
 
-        return chunked_triton(q, k, v, log_decay, beta, state, rule)
-    function = chunked if chosen == "chunked" else recurrent
-    return function(q, k, v, log_decay, beta, state, rule)
+        return chunked_triton
+    return {"recurrent": recurrent, "chunked": chunked, "fla": by_fla, "flash_qla": by_flash_qla}[backend]
 
 
 def runs_kernels(x: Tensor, backend: str, key_dim: int = 1) -> bool:
     """Whether what stands around the rule (convolution, gates, norm) runs as kernels too, on ``x``: where
-    ``choose`` would name them for the rule. Raises ConfigError as it does."""
-    return x.numel() > 0 and choose(x.device.type, x.dtype, key_dim, backend).backend == "triton"
+    ``choose`` would name ours for the rule, or the rule's are of others. Raises ConfigError as it does."""
+    own = "auto" if backend in PACKAGES else backend
+    return x.numel() > 0 and choose(x.device.type, x.dtype, key_dim, own).backend == "triton"
 
 
 @functools.cache
-def choose(device_type: str, dtype: torch.dtype, key_dim: int, backend: str = "auto") -> Choice:
-    """The fastest backend that runs here, or the one asked for. ``dtype`` is that of the values.
+def choose(
+    device_type: str,
+    dtype: torch.dtype,
+    key_dim: int,
+    backend: str = "auto",
+    value_dim: int | None = None,
+    rule: str = "gated_delta",
+) -> Choice:
+    """The fastest of ours that runs here, or the one asked for. ``dtype`` is that of the values, which are as
+    large as the keys if their size is not given.
 
-    Raises ConfigError for ``triton`` where it cannot run.
+    Raises ConfigError for one of KERNELS where it cannot run.
     """
-    obstacle = _obstacle_to_triton(device_type, dtype, key_dim)
-    if backend == "triton" and obstacle:
-        raise ConfigError(
-            f"model.memory_backend=triton cannot run: {obstacle}; use model.memory_backend=auto or chunked"
-        )
+    asked = "triton" if backend == "auto" else backend
+    found = obstacle(asked, device_type, dtype, key_dim, value_dim or key_dim, rule)
     if backend != "auto":
+        if found:
+            remedy = "use model.memory_backend=auto or chunked"
+            raise ConfigError(f"model.memory_backend={backend} cannot run: {found}; {remedy}")
         return Choice(backend, f"model.memory_backend={backend} asks for it")
-    if obstacle:
-        return Choice("chunked", obstacle)
+    if found:
+        return Choice("chunked", found)
     if device_type != "cuda":
         return Choice("chunked", f"Triton is only interpreted on {device_type}")
     return Choice("triton", "the device is CUDA and Triton is installed")
+
+
+def obstacle(
+    backend: str, device_type: str, dtype: torch.dtype, key_dim: int, value_dim: int, rule: str
+) -> str | None:
+    """Why this backend cannot run, if it cannot."""
+    if backend == "triton":
+        return _obstacle_to_triton(device_type, dtype, key_dim)
+    if backend in PACKAGES:
+        return obstacle_to_peer(backend, device_type, dtype, key_dim, value_dim, rule)
+    return None
 
 
 def _obstacle_to_triton(device_type: str, dtype: torch.dtype, key_dim: int) -> str | None:

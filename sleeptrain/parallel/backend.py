@@ -185,11 +185,9 @@ def compute_dtype(config: Config, device: torch.device) -> torch.dtype:
 
 def memory_backend(config: Config) -> memory.Choice:
     """What runs the rule of the fast weights in this run, and why. Raises ConfigError for one that cannot."""
-    device = choose_device(config.run.device)
-    model = config.model
-    return memory.choose(
-        device.type, compute_dtype(config, device), model.memory_key_dim, model.memory_backend
-    )
+    device, model = choose_device(config.run.device), config.model
+    dtype, sizes = compute_dtype(config, device), (model.memory_key_dim, model.memory_value_dim)
+    return memory.choose(device.type, dtype, sizes[0], model.memory_backend, sizes[1], model.rule)
 
 
 def require_graphs(config: Config) -> None:

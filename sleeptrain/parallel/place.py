@@ -13,6 +13,7 @@ import torch
 
 from sleeptrain.config import Config
 from sleeptrain.parallel.backend import Backend, LocalBackend, choose_device, compute_dtype
+from sleeptrain.parallel.kernel_check import check_kernels
 from sleeptrain.schema import ConfigError
 
 T = TypeVar("T")
@@ -124,7 +125,9 @@ def open_place(config: Config, vocab_size: int, sequence_tokens: int) -> Iterato
 
 
 def make_backend(config: Config, vocab_size: int, place: Place) -> Backend:
-    """Plain torch for a process that is alone, else its part of the run."""
+    """Plain torch for a process that is alone, else its part of the run. Raises ConfigError, before any of it
+    is made, where the kernels of its fast weights are wrong on this device."""
+    check_kernels(config, place.num_replicas)
     if isinstance(place, Alone):
         return LocalBackend(config, vocab_size)
     from sleeptrain.parallel.megatron import MegatronDeepspeedBackend

@@ -2,13 +2,13 @@
 
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import pytest
 import torch
 
 from sleeptrain import memory
-from sleeptrain.memory import dispatch
+from sleeptrain.memory import dispatch, peers
 from sleeptrain.schema import ConfigError
 
 
@@ -19,8 +19,10 @@ def inputs(num_tokens: int = 5) -> list[torch.Tensor]:
 
 
 @pytest.fixture
-def compiled(monkeypatch: pytest.MonkeyPatch) -> None:
+def compiled(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    memory.choose.cache_clear()
+    yield
     memory.choose.cache_clear()
 
 
@@ -50,13 +52,65 @@ def test_cuda_runs_the_kernels_where_they_can_be() -> None:
 def test_without_triton_cuda_runs_the_chunked_form(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(dispatch, "find_spec", lambda name: None)
     assert memory.choose("cuda", torch.bfloat16, 64) == ("chunked", "triton is not installed")
-    memory.choose.cache_clear()
 
 
 @pytest.mark.usefixtures("compiled")
 def test_forced_triton_that_cannot_run_is_refused_with_the_remedy() -> None:
     with pytest.raises(ConfigError, match=r"model.memory_backend=triton.* on cpu; use .*=auto or chunked"):
         memory.apply(*inputs(), backend="triton")
+
+
+@pytest.fixture
+def installed(compiled: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(peers, "find_spec", lambda name: name)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
+
+
+@pytest.mark.usefixtures("installed")
+@pytest.mark.parametrize("backend", ["fla", "flash_qla"])
+def test_the_kernels_of_others_run_where_they_are_asked_for(backend: str) -> None:
+    reason = f"model.memory_backend={backend} asks for it"
+    assert memory.choose("cuda", torch.bfloat16, 128, backend) == (backend, reason)
+    assert memory.choose("cuda", torch.bfloat16, 128).backend == "triton"
+
+
+REFUSED = [
+    ("fla", {"device_type": "cpu"}, "fla needs a CUDA device, and the tensors are on cpu"),
+    ("fla", {"dtype": torch.float32}, "fla takes float16 and bfloat16, not float32"),
+    ("fla", {"key_dim": 320}, "fla takes key sizes up to 256, not 320"),
+    ("flash_qla", {"device_type": "cpu"}, "flash_qla needs a CUDA device, and the tensors are on cpu"),
+    ("flash_qla", {"dtype": torch.float32}, "flash_qla takes float16 and bfloat16, not float32"),
+    ("flash_qla", {"key_dim": 64}, "flash_qla takes keys and values of size 128, not 64 and 128"),
+    ("flash_qla", {"value_dim": 256}, "flash_qla takes keys and values of size 128, not 128 and 256"),
+    ("flash_qla", {"rule": "delta"}, "flash_qla has the rule gated_delta, not delta"),
+]
+
+
+@pytest.mark.usefixtures("installed")
+@pytest.mark.parametrize(("backend", "change", "why"), REFUSED)
+def test_what_others_cannot_run_is_refused_in_one_sentence(backend: str, change: dict, why: str) -> None:
+    fitting = {"device_type": "cuda", "dtype": torch.bfloat16, "key_dim": 128, "value_dim": 128}
+    with pytest.raises(ConfigError) as refused:
+        memory.choose(**fitting | change, backend=backend)
+    remedy = "use model.memory_backend=auto or chunked"
+    assert str(refused.value) == f"model.memory_backend={backend} cannot run: {why}; {remedy}"
+
+
+@pytest.mark.usefixtures("installed")
+def test_flash_qla_is_refused_on_a_device_it_is_not_made_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (8, 0))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "NVIDIA A100")
+    with pytest.raises(ConfigError, match="for Hopper and Blackwell, and the device is NVIDIA A100; use"):
+        memory.choose("cuda", torch.bfloat16, 128, "flash_qla")
+
+
+@pytest.mark.usefixtures("installed")
+@pytest.mark.parametrize(("backend", "package"), [("fla", "fla-core"), ("flash_qla", "flash-qla")])
+def test_what_is_not_installed_is_named(backend: str, package: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(peers, "find_spec", lambda name: None)
+    with pytest.raises(ConfigError, match=rf"{backend} is not installed \(pip install {package}==\d"):
+        memory.choose("cuda", torch.bfloat16, 128, backend)
 
 
 @pytest.mark.parametrize("is_read", [True, False])
@@ -100,9 +154,9 @@ def test_what_stands_around_the_rule_follows_its_choice() -> None:
             call()
 
 
-def test_the_memory_runs_where_triton_is_not_installed() -> None:
+def test_the_memory_runs_where_no_kernels_are_installed() -> None:
     script = (
-        "import sys; sys.modules['triton'] = None\n"
+        "import sys; sys.modules |= dict.fromkeys(('triton', 'fla', 'flash_qla'))\n"
         "import torch; from sleeptrain import memory\n"
         "x, g = torch.ones(1, 3, 1, 2), torch.zeros(1, 3, 1)\n"
         "memory.apply(x, x, x, g, g, torch.zeros(1, 1, 2, 2))\n"

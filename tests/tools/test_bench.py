@@ -142,6 +142,20 @@ def test_those_of_a_gpu_refuse_to_measure_a_cpu(name: str, arguments: list[str])
     assert done.stderr == f"error: {name}.py measures a CUDA device, and torch sees none here\n"
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="Triton is for Linux")
+def test_gdn_gpu_leaves_out_a_peer_that_cannot_run_a_shape(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    monkeypatch.syspath_prepend(BENCH)
+    monkeypatch.setattr("sleeptrain.memory.peers.find_spec", lambda name: name)
+    script = runpy.run_path(str(BENCH / "gdn_gpu.py"))
+    [small], large = script["QUICK_SHAPES"], script["SHAPES"][0]
+    assert script["rules_for"](large).keys() == {"ours", "fla", "flash_qla"}
+    assert script["rules_for"](small).keys() == {"ours", "fla"}
+    sizes = "flash_qla takes keys and values of size 128, not 64 and 64"
+    assert capsys.readouterr().out == f"no flash_qla: {sizes}\n"
+
+
 def test_train_gpu_shows_every_setting_and_traces_a_step(tmp_path: Path) -> None:
     done = run("train_gpu", "--quick", "--rounds", "1", "--profile", str(tmp_path))
     assert done.returncode == 0, done.stderr

@@ -1,24 +1,29 @@
-"""Gated delta rule on one GPU: our Triton kernels, forward and backward, against fla and the device's floor.
+"""Gated delta rule on one GPU: our Triton kernels, forward and backward, against fla, FlashQLA and the floor
+of the device.
 
 Values, queries and keys in bfloat16, with an initial state and a gradient coming in through the final one.
 Every call is captured in a CUDA graph and replayed, so that what is timed is the kernels. The ratio is the
 peer's time over ours, so above 1 ours is faster; the floor ratio is our time over the least that 790 TFLOP/s
-and 4.3 TB/s (one H200) allow for the arithmetic and the unavoidable traffic of the chunked form. Without fla
-only ours is timed; where it splits the sequence, without that, too. First comes the gradient check of two
-problems; the whole check is ``python -m sleeptrain.memory.kernels.check``.
+and 4.3 TB/s (one H200) allow for the arithmetic and the unavoidable traffic of the chunked form. Where ours
+splits the sequence, it is timed without that, too. A peer that is not installed, or cannot run a shape, is
+left out with the reason: ``pip install -e .[gpu]`` brings both. First comes the gradient check of two
+problems; the whole check is ``python -m sleeptrain.memory.kernels.check``, with ``--backend`` that of a peer.
 """
 
-import importlib.util
 import statistics
 import sys
 from collections.abc import Callable
 from functools import partial
+from importlib.util import find_spec
 from typing import NamedTuple
 
 import measure
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from sleeptrain.memory.dispatch import implementation, obstacle
+from sleeptrain.memory.peers import PACKAGES
 
 NO_DEVICE = 2  # exit code
 FLOPS_PER_SECOND, BYTES_PER_SECOND = 790e12, 4.3e12  # of an H200: measured bfloat16 products, memory
@@ -63,32 +68,24 @@ def main() -> None:
     if not torch.cuda.is_available():
         print("error: gdn_gpu.py measures a CUDA device, and torch sees none here", file=sys.stderr)
         sys.exit(NO_DEVICE)
-    rules = load_rules()
-    measure.begin(["triton", *(["fla-core"] if "fla" in rules else [])])
+    peers = [package.partition("==")[0] for name, package in PACKAGES.items() if find_spec(name)]
+    measure.begin(["triton", *peers])
     print("device:", torch.cuda.get_device_name())
     check()
     for shape in QUICK_SHAPES if options.quick else SHAPES:
         for part in shape.parts:
-            compare(shape, part, rules, options)
+            compare(shape, part, options)
 
 
-def load_rules() -> dict[str, Rule]:
-    """Ours, and fla where it is installed, which would scale q itself."""
-    from sleeptrain.memory.kernels.rule import chunked_triton
-
-    rules: dict[str, Rule] = {"ours": chunked_triton}  # type: ignore[dict-item]
-    if importlib.util.find_spec("fla") is not None:
-        from fla.ops.gated_delta_rule import chunk_gated_delta_rule
-
-        def fla(
-            q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, beta: Tensor, state: Tensor
-        ) -> tuple[Tensor, Tensor]:
-            gates = {"g": log_decay, "beta": beta, "scale": 1.0}
-            return chunk_gated_delta_rule(q, k, v, **gates, initial_state=state, output_final_state=True)
-
-        rules["fla"] = fla
-    else:
-        print("fla is not installed: no ratio; pip install fla-core==0.6.0 brings it")
+def rules_for(shape: Shape) -> dict[str, Rule]:
+    """Ours, and those of the peers that can run this shape."""
+    rules: dict[str, Rule] = {"ours": implementation("triton")}  # type: ignore[dict-item]
+    for name in PACKAGES:
+        reason = obstacle(name, "cuda", torch.bfloat16, shape.dim, shape.dim, "gated_delta")
+        if reason:
+            print(f"no {name}: {reason}")
+        else:
+            rules[name] = implementation(name)  # type: ignore[assignment]
     return rules
 
 
@@ -112,10 +109,10 @@ def check() -> None:
         print(f"{'FAIL' if bad else 'PASS'}  {case}", bad or "")
 
 
-def compare(shape: Shape, part: str, rules: dict[str, Rule], options) -> None:
+def compare(shape: Shape, part: str, options) -> None:
     """Times one part of all rules, and refuses a peer that computes something else."""
     print(f"\n{part}, {shape}")
-    rules = rules | not_split(shape)
+    rules = rules_for(shape) | not_split(shape)
     inputs, d_outputs = make_problem(shape)
     results = {name: solve(rule, inputs, d_outputs) for name, rule in rules.items()}
     difference = {
@@ -129,10 +126,12 @@ def compare(shape: Shape, part: str, rules: dict[str, Rule], options) -> None:
     floor = floor_ms(shape, part)
     rows = [(name, f"{ms:.3f}", f"{ms / floor:.2f}", f"{difference[name]:.1e}") for name, ms in times.items()]
     measure.show(("", "ms", f"floor ratio ({floor:.3f} ms)", "difference"), rows)
-    if "fla" in times and difference["fla"] <= MAX_DIFFERENCE:
-        print(f"ratio fla / ours: {times['fla'] / times['ours']:.3f}")
-        if not options.quick:
-            measure.judge("fla here / ours", times["fla"] / times["ours"], at_least=shape.target)
+    for name in PACKAGES:
+        if name in times and difference[name] <= MAX_DIFFERENCE:
+            ratio = times[name] / times["ours"]
+            print(f"ratio {name} / ours: {ratio:.3f}")
+            if name == "fla" and not options.quick:
+                measure.judge("fla here / ours", ratio, at_least=shape.target)
     if shape.fla_ms and not options.quick:
         measure.judge("fla as published / ours", shape.fla_ms / times["ours"], at_least=shape.target)
 
