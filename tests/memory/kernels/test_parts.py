@@ -147,7 +147,7 @@ def mixed_types() -> dict[str, float]:
     leaves = [y.detach().requires_grad_() for y in (x, taps, tail, weight)]
     out = run_parts(*leaves)
     gradients = torch.autograd.grad(out.float().sum(), leaves)
-    difference = (out - run_parts(*(y.contiguous() for y in (x, taps, tail, weight)))).abs().max()
+    difference = (out.detach() - run_parts(*(y.contiguous() for y in (x, taps, tail, weight)))).abs().max()
     wrong_types = sum(g.dtype != y.dtype for g, y in zip((out, *gradients), (x, *leaves)))
     return {"difference": float(difference), "wrong types": wrong_types}
 
