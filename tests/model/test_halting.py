@@ -88,7 +88,7 @@ def test_without_tolerance_all_passes_are_made_bit_for_bit(mode: dict) -> None:
 def test_passes_that_nobody_makes_are_not_run(monkeypatch: pytest.MonkeyPatch) -> None:
     model, batch, calls = build(coda_blocks=1), make(3 * WINDOW, [2]), []
     run = SleepModel.run
-    monkeypatch.setattr(SleepModel, "run", lambda *args: calls.append(args[-1]) or run(*args))
+    monkeypatch.setattr(SleepModel, "run", lambda *args: calls.append(args[4]) or run(*args))
     output = model(batch, 6, stop=Stop(math.inf))
     assert output.passes.tolist() == [[2, 2]] * 2
     here = [(v.window, v.pass_number, v.segment) for v in calls if v.window < 2]

@@ -51,7 +51,7 @@ def test_the_command_names_what_it_skips_and_fails_on_errors(
 ) -> None:
     """The recurrence stands in for fla, and then that of another rule."""
     monkeypatch.setattr(check, "choose", lambda *problem: None)
-    monkeypatch.setattr(check, "cases", lambda num_seeds: [RUN, RUN._replace(dtype=torch.float64)])
+    monkeypatch.setattr(check, "problems", lambda num_seeds: [RUN, RUN._replace(dtype=torch.float64)])
     monkeypatch.setattr(check, "obstacle_to", lambda case, *_: "no" if case.dtype == torch.float64 else None)
     monkeypatch.setattr(check, "implementation", lambda backend: recurrent)
     monkeypatch.setattr(sys, "argv", ["check", "--backend", "fla"])

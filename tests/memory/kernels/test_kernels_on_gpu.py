@@ -15,7 +15,7 @@ NUM_SEEDS = 20
 
 
 @pytest.mark.parametrize("backend", KERNELS)
-@pytest.mark.parametrize("case", problems(NUM_SEEDS), ids=str)
+@pytest.mark.parametrize("case", list(problems(NUM_SEEDS)), ids=str)
 def test_equals_the_plain_form(case, backend: str) -> None:
     if reason := obstacle_to(case, "cuda", backend):
         pytest.skip(reason)
