@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from sleeptrain import memory
 from sleeptrain.config import ModelConfig
-from sleeptrain.model.layers import Float32Linear, RMSNorm
+from sleeptrain.model.layers import Float32Linear, RMSNorm, in_compute_type
 from sleeptrain.model.state import BlockState, Tokens
 
 
@@ -55,8 +55,9 @@ class FastWeight(nn.Module):
     ) -> tuple[Tensor | None, BlockState]:
         """Returns the mixed tokens (None where nobody reads them), and the fast weights (and convolution tail
         where it is kept) after them."""
-        q, k, v, tail = self._queries_keys_values(x_BTD, state.tail, tokens, is_read or tokens.keeps_tail)
         gates = self._gates(x_BTD, tokens)
+        x_BTD = in_compute_type(x_BTD)
+        q, k, v, tail = self._queries_keys_values(x_BTD, state.tail, tokens, is_read or tokens.keeps_tail)
         out, written = memory.apply(
             q if is_read else None, k, v, *gates, _fast_weights(state), self.rule, self.backend
         )

@@ -120,7 +120,7 @@ def test_parallel_overhead_compares_equal_gradients():
     "name",
     [
         *("gdn_cpu", "step_overhead", "passes", "tasks", "pipeline_bubble", "parallel_overhead", "shards"),
-        *("latency", "goodput", "gdn_gpu", "train_gpu"),
+        *("latency", "goodput", "gdn_gpu", "train_gpu", "pass_roofline"),
     ],
 )
 def test_help_explains_the_figure(name, monkeypatch, capsys):
@@ -173,6 +173,16 @@ def test_train_gpu_measures_the_model_of_the_configs(monkeypatch: pytest.MonkeyP
     script = runpy.run_path(str(BENCH / "train_gpu.py"))
     values = yaml.safe_load((ROOT / "configs" / "model" / "ouro_1b4_jet.yaml").read_text())
     assert script["OURO_JET"] == from_dict(ModelConfig, to_dict(ModelConfig()) | values, "model.")
+
+
+def test_pass_roofline_counts_less_with_every_variant() -> None:
+    output = quick("pass_roofline")
+    ratios = [
+        numbers_after(f"ratio of floors, plain torch / {name}", output)[0]
+        for name in ("plain torch", "rule as kernels", "also what stands around it", "weights cast once")
+    ]
+    assert ratios == sorted(ratios)
+    assert ratios[0] == 1 < ratios[-1]
 
 
 def test_ray_overhead_compares_the_same_run() -> None:
