@@ -100,8 +100,9 @@ class PassGraphs:
                 work()
         torch.cuda.current_stream().wait_stream(aside)
         graph = torch.cuda.CUDAGraph()
-        # One pool for all: nothing in it outlives a replay, for what enters and leaves lies outside.
-        with torch.cuda.graph(graph, pool=self.pool):
+        # One pool for all: nothing in it outlives a replay, for what enters and leaves lies outside. Other
+        # threads, as those that load data, may go on with what a recording thread must not do.
+        with torch.cuda.graph(graph, pool=self.pool, capture_error_mode="thread_local"):
             work()
         return graph.replay
 
