@@ -156,6 +156,12 @@ def test_in_bfloat16_no_more_than_its_rounding_is_between_them(degrees: dict[str
 
 
 @pytest.mark.more
+def test_replayed_passes_multiply_copies_in_bfloat16() -> None:
+    settings = GRAPHS | {"precision": "bfloat16", "pattern": "attn gdn jet swa:4"}
+    assert wrong((DP2, 3, settings, {"padded": True}), limits=IN_BFLOAT16) == set()
+
+
+@pytest.mark.more
 def test_a_gpu_that_the_run_does_not_use_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("torch.cuda.is_available", lambda: True)
     case = (TP2 | PP2, 2, TWO | {"sequence_parallel": True, "zero_stage": 0}, {})
