@@ -36,6 +36,9 @@ class RunConfig:
         0, "CPU threads of torch; 0: torch's choice (resume on another count is not bit-equal)"
     )
     deterministic: bool = setting(True, "deterministic algorithms only")
+    compile: bool = setting(
+        False, "have torch.compile fuse norms, SwiGLU and rotary positions; takes seconds at the start"
+    )
     cuda_graphs: bool = setting(
         False, "record each kind of pass once and replay it; computes every pass again in the backward pass"
     )

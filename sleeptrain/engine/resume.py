@@ -22,6 +22,7 @@ FREE_SETTINGS = (
     "run.dir",
     "run.device",
     "run.num_threads",
+    "run.compile",
     "run.cuda_graphs",
     "run.check_replicas_every_steps",
     "run.hang_timeout_seconds",

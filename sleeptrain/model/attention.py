@@ -10,11 +10,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sleeptrain.config import BlockSpec, ModelConfig
-from sleeptrain.model.layers import RMSNorm, in_compute_type, rotary_table, rotate
+from sleeptrain.model.layers import RMSNorm, compute_type, rotary_table
+from sleeptrain.model.pointwise import UsesPointwise
 from sleeptrain.model.state import BlockState, KVCache, Tokens
 
 
-class Attention(nn.Module):
+class Attention(UsesPointwise):
     """Grouped-query attention inside a band of ``width`` tokens: its own width (``swa``), else the window's
     L."""
 
@@ -42,18 +43,18 @@ class Attention(nn.Module):
     ) -> tuple[Tensor | None, BlockState]:
         """Returns the mixed tokens (None where nobody reads them) and, where it is kept, the cache as the
         next tokens will see it."""
-        x_BTD = in_compute_type(x_BTD)
+        x_BTD = x_BTD.to(compute_type(x_BTD))
         own, cache = self._keys_and_values(x_BTD, tokens), state.cache
         seen = own if cache is None else cache.followed_by(own)
         survivors = BlockState(caches=(seen.newest(self._band(tokens) - 1),) if tokens.keeps_cache else ())
         if not is_read:
             return None, survivors
-        q_BTHd = rotate(self._queries(x_BTD), tokens.rotary)
+        q_BTHd = self.pointwise.rotate(self._queries(x_BTD), tokens.rotary)
         mask = self._mask(own, cache, tokens)
-        keys = rotate(own.keys, tokens.rotary)
+        keys = self.pointwise.rotate(own.keys, tokens.rotary)
         if cache is not None:
             table = rotary_table(cache.positions, self.rotary_dim, self.theta, tokens.rotary[0].dtype)
-            keys = torch.cat([rotate(cache.keys, table).to(keys.dtype), keys], dim=1)
+            keys = torch.cat([self.pointwise.rotate(cache.keys, table).to(keys.dtype), keys], dim=1)
         out = F.scaled_dot_product_attention(
             q_BTHd.transpose(1, 2),
             keys.transpose(1, 2),

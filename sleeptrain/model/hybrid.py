@@ -27,18 +27,18 @@ class Block(nn.Module):
         self.index = index
         before, after = config.norms(spec)
 
-        def norm(is_here: bool) -> nn.Module:
+        def norm(is_here: bool, is_cast: bool = False) -> nn.Module:
             if not is_here:
                 return nn.Identity()
-            return RMSNorm(config.d_model, config.norm_eps, config.zero_centred_norms)
+            return RMSNorm(config.d_model, config.norm_eps, config.zero_centred_norms, is_cast)
 
-        self.mixer_norm = norm(before)
+        self.mixer_norm = norm(before, is_cast=not spec.is_fast_weight)  # whose gates are of float32
         fast_weights: dict[str, type[FastWeight]] = {"gdn": GDN, "jet": Jet}
         self.mixer = fast_weights[spec.kind](config) if spec.is_fast_weight else Attention(config, spec)
         self.mixer_out_norm = norm(after)
         self.mlp: GatedMLP | None = None
         if config.has_mlp(spec):
-            self.mlp_norm = norm(before)
+            self.mlp_norm = norm(before, is_cast=True)
             self.mlp = GatedMLP(config.d_model, config.mlp_hidden)
             self.mlp_out_norm = norm(after)
 

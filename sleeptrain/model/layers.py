@@ -1,4 +1,4 @@
-"""The small parts of a block: norm, rotary positions, gated MLP.
+"""The small parts of a block: norm, table of rotary positions, gated MLP.
 
 Shape letters: B batch, T tokens, D model width, H heads.
 """
@@ -7,14 +7,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from sleeptrain.model.pointwise import UsesPointwise
 
-class RMSNorm(nn.Module):
-    """Root-mean-square norm over the last dimension, times a weight; zero-centred, times 1 + weight."""
 
-    def __init__(self, dim: int, eps: float, zero_centred: bool = False) -> None:
+class RMSNorm(UsesPointwise):
+    """Root-mean-square norm over the last dimension, times a weight; zero-centred, times 1 + weight.
+    ``is_cast``: for linear maps alone, in the type in which they multiply."""
+
+    def __init__(self, dim: int, eps: float, zero_centred: bool = False, is_cast: bool = False) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.zeros(dim) if zero_centred else torch.ones(dim))
-        self.eps, self.zero_centred = eps, zero_centred
+        self.eps, self.zero_centred, self.is_cast = eps, zero_centred, is_cast
 
     @property
     def factor(self) -> Tensor:
@@ -22,7 +25,7 @@ class RMSNorm(nn.Module):
         return 1 + self.weight if self.zero_centred else self.weight
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.rms_norm(x, self.weight.shape, self.factor, self.eps)
+        return self.pointwise.rms_norm(x, self.factor, self.eps, compute_type(x) if self.is_cast else None)
 
 
 class Float32Linear(nn.Linear):
@@ -34,15 +37,15 @@ class Float32Linear(nn.Linear):
             return F.linear(x.to(dtype), self.weight.to(dtype))
 
 
-def in_compute_type(x: Tensor) -> Tensor:
-    """As autocast would cast it for a linear map: for several of them, once."""
+def compute_type(x: Tensor) -> torch.dtype:
+    """What autocast would cast it to for a linear map."""
     kind = x.device.type
     if x.dtype == torch.float64 or not torch.is_autocast_enabled(kind):
-        return x
-    return x.to(torch.get_autocast_dtype(kind))
+        return x.dtype
+    return torch.get_autocast_dtype(kind)
 
 
-class GatedMLP(nn.Module):
+class GatedMLP(UsesPointwise):
     """SwiGLU: down(silu(gate(x)) * up(x)), ``[B, T, D] -> [B, T, D]``."""
 
     def __init__(self, dim: int, hidden: int) -> None:
@@ -52,8 +55,8 @@ class GatedMLP(nn.Module):
         self.down_proj = nn.Linear(hidden, dim, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = in_compute_type(x)
-        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+        x = x.to(compute_type(x))  # once, not by each linear map
+        return self.down_proj(self.pointwise.swiglu(self.gate_proj(x), self.up_proj(x)))
 
 
 def rotary_table(
@@ -64,15 +67,3 @@ def rotary_table(
     angles = positions[..., None, None].to(torch.float64) * theta**-exponent
     cos, sin = angles.cos().to(dtype), angles.sin().to(dtype)
     return torch.cat([cos, cos], dim=-1), torch.cat([-sin, sin], dim=-1)
-
-
-def rotate(x: Tensor, table: tuple[Tensor, Tensor]) -> Tensor:
-    """Rotary embedding of ``x`` ``[B, T, H, head_dim]``, halves paired (RoFormer, arXiv 2104.09864). What the
-    table is too short for stays as it is."""
-    cos, sin = table
-    rotary_dim = cos.shape[-1]
-    if rotary_dim < x.shape[-1]:
-        first = rotate(x[..., :rotary_dim], table) if rotary_dim else x[..., :0]
-        return torch.cat([first, x[..., rotary_dim:]], dim=-1)
-    first, second = x.chunk(2, dim=-1)
-    return torch.addcmul(x * cos, torch.cat([second, first], dim=-1), sin).to(x.dtype)

@@ -13,6 +13,7 @@ from sleeptrain.config import Config, SleepConfig
 from sleeptrain.data.batch import Batch
 from sleeptrain.model.graphs import PassGraphs
 from sleeptrain.model.halting import Stop
+from sleeptrain.model.pointwise import compiled, use
 from sleeptrain.model.sleep import Output, PassTrace, SleepModel
 from sleeptrain.optim.optimizer import MuonAdamW
 from sleeptrain.optim.patterns import fits
@@ -63,7 +64,7 @@ class LocalBackend:
         self.model = SleepModel(config.model, config.sleep, vocab_size, config.run.seed).to(self.device)
         for name, parameter in self.model.named_parameters():
             parameter.requires_grad_(not fits(name, config.optim.frozen))
-        self.model.graphs = pass_graphs(config, self.model)
+        speed_up(self.model, config)
         self.optimizer = MuonAdamW(self.model, config.optim)
         self.carried = Carried(self.model, config.data.batch_sequences)
 
@@ -199,12 +200,13 @@ def require_graphs(config: Config) -> None:
         )
 
 
-def pass_graphs(config: Config, model: SleepModel) -> PassGraphs | None:
-    """What replays the model's passes, where the run asks for it."""
-    if not config.run.cuda_graphs:
-        return None
-    dtype = compute_dtype(config, model.final_norm.weight.device)
-    return PassGraphs(model.stack, torch.bfloat16 if dtype == torch.bfloat16 else None)
+def speed_up(model: SleepModel, config: Config) -> None:
+    """Compiled functions and recorded passes, as the run asks for them."""
+    if config.run.compile:
+        use(model, compiled())
+    if config.run.cuda_graphs:
+        dtype = compute_dtype(config, model.final_norm.weight.device)
+        model.graphs = PassGraphs(model.stack, torch.bfloat16 if dtype == torch.bfloat16 else None)
 
 
 def autocast(config: Config, device: torch.device) -> AbstractContextManager:

@@ -18,7 +18,7 @@ from sleeptrain.config import Config
 from sleeptrain.data.batch import Batch
 from sleeptrain.model.halting import Stop
 from sleeptrain.model.sleep import Output, PassTrace
-from sleeptrain.parallel.backend import StepResult, UpdateResult, autocast, pass_graphs
+from sleeptrain.parallel.backend import StepResult, UpdateResult, autocast, speed_up
 from sleeptrain.parallel.carried import Carried, Part
 from sleeptrain.parallel.cpu_compat import cuda_means_cpu
 from sleeptrain.parallel.integrity import Integrity
@@ -40,7 +40,7 @@ class MegatronDeepspeedBackend:
         self.config, self.topology, self.device = config, topology, topology.device
         self.model, self.held = build_stage(config, vocab_size, topology)
         self.shards = make_shards(self.model, self.held, config, topology)
-        self.model.graphs = pass_graphs(config, self.model)
+        speed_up(self.model, config)
         self.update = ShardedUpdate(self.shards, self.held, config.optim, topology)
         if config.parallel.weights == "bfloat16":
             self._fill_masters()

@@ -15,7 +15,8 @@ from sleeptrain.config import Config, DataConfig, ModelConfig, OptimConfig, RunC
 from sleeptrain.data.batch import Batch
 from sleeptrain.data.stream import TrainStream
 from sleeptrain.model.halting import Stop
-from sleeptrain.parallel.backend import LocalBackend, choose_device, memory_backend, require_graphs
+from sleeptrain.model.pointwise import PLAIN, UsesPointwise
+from sleeptrain.parallel.backend import LocalBackend, choose_device, memory_backend, require_graphs, speed_up
 from sleeptrain.schema import ConfigError
 from sleeptrain.tasks import make_task
 
@@ -36,6 +37,15 @@ def test_graphs_are_refused_on_a_cpu() -> None:
     with pytest.raises(ConfigError, match="cuda_graphs=true needs a CUDA device"):
         require_graphs(Config(run=RunConfig(device="cpu", cuda_graphs=True), model=MODEL, sleep=sleep))
     require_graphs(Config(run=RunConfig(device="cpu"), model=MODEL))
+
+
+@pytest.mark.more
+def test_a_compiled_run_calls_compiled_functions() -> None:
+    model = build().model
+    speed_up(model, Config(run=RunConfig(device="cpu", compile=True), model=MODEL))
+    norms = [module for module in model.modules() if isinstance(module, UsesPointwise)]
+    assert norms
+    assert all(module.pointwise.swiglu is not PLAIN.swiglu for module in norms)
 
 
 def build(micro: int | None = None, seed: int = 0, precision: str = "auto", **optim: float) -> LocalBackend:

@@ -8,8 +8,9 @@ own inefficiency is part of. A kernel that fuses several operations counts as wh
 
 Variants, each with all that the one above it has: plain torch; the rule of the fast weights as kernels; also
 convolution, gates and gated norm as kernels; weights cast to bfloat16 once per step and not in each pass, as
-run.cuda_graphs does. The ratio is plain torch's floor over a variant's. The last line is the bound on
-training with activation checkpointing per pass: forward, forward again and backward.
+run.cuda_graphs does; norms, SwiGLU and rotary positions a kernel each, as run.compile should make them. The
+ratio is plain torch's floor over a variant's. The last line is the bound on training with activation
+checkpointing per pass: forward, forward again and backward.
 """
 
 from collections import defaultdict
@@ -32,6 +33,7 @@ from sleeptrain import memory
 from sleeptrain.config import ModelConfig, SleepConfig
 from sleeptrain.model import sleep
 from sleeptrain.model.layers import Float32Linear
+from sleeptrain.model.pointwise import PLAIN, Pointwise, use
 from sleeptrain.model.sleep import SleepModel
 
 FLOPS_PER_SECOND, BYTES_PER_SECOND = 790e12, 4.3e12
@@ -51,6 +53,7 @@ class Variant(NamedTuple):
     name: str
     fused: tuple[str, ...] = ()
     is_cast_once: bool = False
+    is_compiled: bool = False
 
 
 VARIANTS = (
@@ -58,6 +61,7 @@ VARIANTS = (
     Variant("rule as kernels", RULE),
     Variant("also what stands around it", RULE + AROUND),
     Variant("weights cast once", RULE + AROUND, is_cast_once=True),
+    Variant("pointwise work compiled", RULE + AROUND, is_cast_once=True, is_compiled=True),
 )
 
 
@@ -174,6 +178,8 @@ def count(config: ModelConfig, num_tokens: int, variant: Variant) -> tuple[dict[
         model = SleepModel(config, SleepConfig(window_tokens=num_tokens), vocab_size=64)
         if variant.is_cast_once:
             cast_linears(model)
+        if variant.is_compiled:
+            use(model, Pointwise(*(counter.fused("compiled", function) for function in PLAIN)))
         h = torch.empty(1, num_tokens, config.d_model, requires_grad=True)
         tokens, state = (
             model.tokens(torch.zeros(1, num_tokens, dtype=torch.long), None),

@@ -5,7 +5,8 @@ windows but the last are slept on, and that one predicts. The model is Ouro 1.4B
 (configs/model/ouro_1b4_jet.yaml) at random weights, in bfloat16 over float32 weights. MFU counts the FLOPs of
 the model, HFU also those that are computed again, over the dense bfloat16 peak of the device. The ratio is
 ours over the paper's tokens per second on one H200 (its Fig. 6). A pass is started kernel by kernel, or
-replayed as a CUDA graph (run.cuda_graphs); the ratio of the two is that of whole steps. Memory per pass is
+replayed as a CUDA graph (run.cuda_graphs); the ratio of the two is that of whole steps. Compiled: also norms,
+SwiGLU and rotary positions fused by torch.compile (run.compile). Memory per pass is
 the slope of the peak over N, beside h and S, which are all that a pass must keep.
 
 First come the gradient check of the kernels, and the seconds from the start of this program to the end of its
@@ -31,6 +32,7 @@ from sleeptrain.config import Config, DataConfig, ModelConfig, RunConfig, SleepC
 from sleeptrain.data.batch import Batch
 from sleeptrain.model.flops import FLOAT32_BYTES, peak_flops, training_flops
 from sleeptrain.model.graphs import PassGraphs
+from sleeptrain.model.pointwise import PLAIN, compiled, use
 from sleeptrain.model.visits import plan
 from sleeptrain.parallel.backend import LocalBackend, compute_dtype
 
@@ -67,16 +69,18 @@ PAPER = {
 
 
 class Variant(NamedTuple):
-    """How a pass is run: ``sleep.activation_checkpointing``, and whether as a graph."""
+    """How a pass is run: ``sleep.activation_checkpointing``, whether as a graph, whether by torch.compile."""
 
     policy: str
     graphs: bool
+    is_compiled: bool = False
 
     def __str__(self) -> str:
-        return f"checkpointing {self.policy}, {'graphs' if self.graphs else 'kernel by kernel'}"
+        way = "graphs" if self.graphs else "kernel by kernel"
+        return f"checkpointing {self.policy}, {way}{', compiled' if self.is_compiled else ''}"
 
 
-EAGER, GRAPHED = Variant("pass", False), Variant("pass", True)
+EAGER, GRAPHED, COMPILED = Variant("pass", False), Variant("pass", True), Variant("pass", True, True)
 
 
 class Setup(NamedTuple):
@@ -88,7 +92,7 @@ class Setup(NamedTuple):
     num_tokens: int = 12_288
     windows: tuple[int, ...] = (1024, 2048, 4096)
     num_passes: tuple[int, ...] = (1, 2, 4)
-    variants: tuple[Variant, ...] = (EAGER, GRAPHED, Variant("both", True))
+    variants: tuple[Variant, ...] = (EAGER, GRAPHED, COMPILED, Variant("both", True, True))
 
 
 QUICK = Setup(ModelConfig(d_model=32, norm_placement="sandwich"), 64, 1, 48, (24,), (1, 2), (EAGER, GRAPHED))
@@ -241,6 +245,7 @@ def prepared(
     backend.model.sleep, batch = sleep, make_batch(setup, window_tokens)
     dtype = compute_dtype(backend.config, backend.device)
     backend.model.graphs = None
+    use(backend.model, compiled() if variant.is_compiled else PLAIN)
     gc.collect()  # graphs and their kinds of passes know each other
     if variant.graphs:
         low = torch.bfloat16 if dtype == torch.bfloat16 else None
