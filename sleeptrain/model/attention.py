@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sleeptrain.config import BlockSpec, ModelConfig
-from sleeptrain.model.layers import RMSNorm, compute_type, rotary_table
+from sleeptrain.model.layers import RMSNorm, rotary_table
 from sleeptrain.model.pointwise import UsesPointwise
 from sleeptrain.model.state import BlockState, KVCache, Tokens
 
@@ -43,7 +43,6 @@ class Attention(UsesPointwise):
     ) -> tuple[Tensor | None, BlockState]:
         """Returns the mixed tokens (None where nobody reads them) and, where it is kept, the cache as the
         next tokens will see it."""
-        x_BTD = x_BTD.to(compute_type(x_BTD))
         own, cache = self._keys_and_values(x_BTD, tokens), state.cache
         seen = own if cache is None else cache.followed_by(own)
         survivors = BlockState(caches=(seen.newest(self._band(tokens) - 1),) if tokens.keeps_cache else ())

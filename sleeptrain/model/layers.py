@@ -12,7 +12,7 @@ from sleeptrain.model.pointwise import UsesPointwise
 
 class RMSNorm(UsesPointwise):
     """Root-mean-square norm over the last dimension, times a weight; zero-centred, times 1 + weight.
-    ``is_cast``: for linear maps alone, in the type in which they multiply."""
+    ``is_cast``: for linear maps alone, in the type in which they multiply, so that none casts it for itself."""
 
     def __init__(self, dim: int, eps: float, zero_centred: bool = False, is_cast: bool = False) -> None:
         super().__init__()
@@ -55,7 +55,6 @@ class GatedMLP(UsesPointwise):
         self.down_proj = nn.Linear(hidden, dim, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = x.to(compute_type(x))  # once, not by each linear map
         return self.down_proj(self.pointwise.swiglu(self.gate_proj(x), self.up_proj(x)))
 
 

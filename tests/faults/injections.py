@@ -149,9 +149,9 @@ def _at_memory(
         run_blocks = SleepModel.run
 
         def changed(
-            model: SleepModel, h: Tensor, state: State, tokens: Tokens, visit: Visit
+            model: SleepModel, h: Tensor, state: State, tokens: Tokens, visit: Visit, weights: Tensor | None
         ) -> tuple[Tensor, State]:
-            left, after = run_blocks(model, h, state, tokens, visit)
+            left, after = run_blocks(model, h, state, tokens, visit, weights)
             is_here = own_rank == rank and block in model.held[visit.segment]
             place = (visit.window, visit.pass_number)
             if is_here and place == (0, pass_number) and Now.step == step and torch.is_grad_enabled():
