@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from sleeptrain import memory
 from sleeptrain.config import ModelConfig
-from sleeptrain.model.layers import Float32Linear, RMSNorm, compute_type
+from sleeptrain.model.layers import Float32Linear, RMSNorm
 from sleeptrain.model.state import BlockState, Tokens
 
 
@@ -56,7 +56,6 @@ class FastWeight(nn.Module):
         """Returns the mixed tokens (None where nobody reads them), and the fast weights (and convolution tail
         where it is kept) after them."""
         gates = self._gates(x_BTD, tokens)
-        x_BTD = x_BTD.to(compute_type(x_BTD))  # once, not by each linear map
         q, k, v, tail = self._queries_keys_values(x_BTD, state.tail, tokens, is_read or tokens.keeps_tail)
         out, written = memory.apply(
             q if is_read else None, k, v, *gates, _fast_weights(state), self.rule, self.backend

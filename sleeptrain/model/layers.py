@@ -12,7 +12,7 @@ from sleeptrain.model.pointwise import UsesPointwise
 
 class RMSNorm(UsesPointwise):
     """Root-mean-square norm over the last dimension, times a weight; zero-centred, times 1 + weight.
-    ``is_cast``: for linear maps alone, in the type in which they multiply, so that none casts it for itself."""
+    ``is_cast``: for linear maps alone, in the type in which they multiply; none casts it for itself."""
 
     def __init__(self, dim: int, eps: float, zero_centred: bool = False, is_cast: bool = False) -> None:
         super().__init__()
