@@ -187,7 +187,8 @@ class SleepModel(nn.Module):
         is_read = visit.is_read or any(self.stack.remembers(i, tokens.keeps_cache) for i in behind)
         arguments = (h, state, tokens, blocks, is_read, per_block)
         is_kept = torch.is_grad_enabled() and visit.is_kept
-        if self.graphs is not None and weights is not None and not is_kept:
+        if weights is not None and not is_kept:
+            assert self.graphs is not None
             return self.graphs.run(weights, *arguments)
         if mode in ("pass", "both") and torch.is_grad_enabled() and not is_kept:
             return checkpoint(self.stack, *arguments, use_reentrant=False, preserve_rng_state=False)

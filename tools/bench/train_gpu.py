@@ -6,12 +6,13 @@ windows but the last are slept on, and that one predicts. The model is Ouro 1.4B
 the model, HFU also those that are computed again, over the dense bfloat16 peak of the device. The ratio is
 ours over the paper's tokens per second on one H200 (its Fig. 6). A pass is started kernel by kernel, or
 replayed as a CUDA graph (run.cuda_graphs); the ratio of the two is that of whole steps. Compiled: also norms,
-SwiGLU and rotary positions fused by torch.compile (run.compile). Memory per pass is
-the slope of the peak over N, beside h and S, which are all that a pass must keep.
+SwiGLU and rotary positions fused by torch.compile (run.compile). Memory per pass is the slope of the peak
+over N, beside h and S, which are all that a pass must keep.
 
-First come the gradient check of the kernels, and the seconds from the start of this program to the end of its
-first step, kernels compiled: that is from cold only with an empty folder in TRITON_CACHE_DIR. Last comes what
-deterministic algorithms cost, and whether two equal steps then have equal bits.
+First come the gradient check of the kernels, in the sizes of the model, and the seconds from the start of
+this program to the end of its first step, kernels compiled: that is from cold only with an empty folder in
+TRITON_CACHE_DIR. Last comes what deterministic algorithms cost, and whether two equal steps then have equal
+bits.
 
 --profile FOLDER also writes a trace of one step (Perfetto, chrome://tracing) and prints the operations that
 take most of it. With --quick a tiny model on any device: does it run?
@@ -21,6 +22,7 @@ import gc
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from statistics import median
 from typing import NamedTuple
@@ -31,10 +33,10 @@ import torch
 from sleeptrain.config import Config, DataConfig, ModelConfig, RunConfig, SleepConfig, TextConfig
 from sleeptrain.data.batch import Batch
 from sleeptrain.model.flops import FLOAT32_BYTES, peak_flops, training_flops
-from sleeptrain.model.graphs import PassGraphs
-from sleeptrain.model.pointwise import PLAIN, compiled, use
+from sleeptrain.model.pointwise import PLAIN, use
 from sleeptrain.model.visits import plan
-from sleeptrain.parallel.backend import LocalBackend, compute_dtype
+from sleeptrain.parallel.backend import LocalBackend, speed_up
+from sleeptrain.parallel.kernel_check import check_kernels
 
 NO_DEVICE = 2  # exit code
 STARTED = time.perf_counter()
@@ -131,8 +133,9 @@ def main() -> None:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     print("device:", torch.cuda.get_device_name() if device == "cuda" else "cpu")
     if device == "cuda":
-        check_kernels()
-    backend = make_backend(setup, device)
+        print("gradient check of the kernels, in the sizes of the model")
+        check_kernels(config_of(setup, device))
+    backend = LocalBackend(config_of(setup, device), setup.vocab_size)
     first_step(backend, setup, judged=not options.quick)
     for window_tokens in setup.windows:
         seconds: dict[Variant, dict[int, float]] = {}
@@ -152,22 +155,14 @@ def main() -> None:
         profile(backend, setup, options.profile)
 
 
-def check_kernels() -> None:
-    from sleeptrain.memory.kernels.check import Case, above_bar, errors
-
-    case = Case(key_dim=128, value_dim=256, extreme=True)
-    bad = above_bar(case, errors(case, "cuda"))
-    print(f"{'FAIL' if bad else 'PASS'}  {case}", bad or "")
-
-
-def make_backend(setup: Setup, device: str) -> LocalBackend:
-    config = Config(
+def config_of(setup: Setup, device: str) -> Config:
+    return Config(
         run=RunConfig(device=device),  # type: ignore[arg-type]
         model=setup.model,
         task=TextConfig(sequence_tokens=setup.num_tokens),
+        sleep=SleepConfig(setup.windows[-1]),
         data=DataConfig(batch_sequences=setup.num_sequences, micro_batch_sequences=1),
     )
-    return LocalBackend(config, setup.vocab_size)
 
 
 def first_step(backend: LocalBackend, setup: Setup, judged: bool) -> None:
@@ -243,13 +238,11 @@ def prepared(
     stay those of the step before."""
     sleep = SleepConfig(window_tokens, num_passes, activation_checkpointing=variant.policy)  # type: ignore[arg-type]
     backend.model.sleep, batch = sleep, make_batch(setup, window_tokens)
-    dtype = compute_dtype(backend.config, backend.device)
     backend.model.graphs = None
-    use(backend.model, compiled() if variant.is_compiled else PLAIN)
+    use(backend.model, PLAIN)
     gc.collect()  # graphs and their kinds of passes know each other
-    if variant.graphs:
-        low = torch.bfloat16 if dtype == torch.bfloat16 else None
-        backend.model.graphs = PassGraphs(backend.model.stack, low)
+    run = replace(backend.config.run, cuda_graphs=variant.graphs, compile=variant.is_compiled)
+    speed_up(backend.model, replace(backend.config, run=run, sleep=sleep))
     windows = backend.model.windows(batch)
     visits = plan(windows, num_passes, setup.model, sleep)
     cost = training_flops(setup.model, sleep, windows, visits, setup.vocab_size)

@@ -4,12 +4,11 @@ Triton reads TRITON_INTERPRET when it is imported, so this file is run as a scri
 """
 
 import json
-import os
-import subprocess
 import sys
 
 import pytest
 import torch
+from own_process import interpreted
 
 from sleeptrain.memory import recurrent
 from sleeptrain.memory.kernels import check
@@ -22,10 +21,7 @@ RUN = Case(num_sequences=1, **SIZES, dtype=torch.float32)
 
 @pytest.mark.skipif(sys.platform != "linux", reason="Triton is for Linux")
 def test_right_kernels_pass_and_wrong_ones_are_named() -> None:
-    environment = os.environ | {"TRITON_INTERPRET": "1"}
-    done = subprocess.run([sys.executable, __file__], env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    right, wrong = json.loads(done.stdout)
+    right, wrong = interpreted(__file__)
     assert right == ""
     label = "the triton kernels of the fast weights fail their check on cpu"
     assert wrong.startswith(f"{label}, {RUN}: d_q is off by 2.5e-01, d_k is off by 2.5e-01;")

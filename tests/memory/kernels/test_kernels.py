@@ -5,12 +5,11 @@ script. Empty tensors are filled with nan there, so that what a kernel fails to 
 """
 
 import json
-import os
-import subprocess
 import sys
 
 import pytest
 import torch
+from own_process import interpreted
 
 from sleeptrain import memory
 from sleeptrain.memory.kernels.check import Case, above_bar, errors, make_inputs
@@ -50,11 +49,7 @@ THROUGH_APPLY = "through apply"
 
 @pytest.fixture(scope="module")
 def found() -> dict[str, dict[str, float]]:
-    environment = os.environ | {"TRITON_INTERPRET": "1"}
-    command = [sys.executable, "-W", "error", __file__]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout)
+    return interpreted(__file__)
 
 
 @pytest.mark.parametrize(("case", "tiles"), CASES, ids=str)

@@ -8,9 +8,9 @@ import os
 import re
 import subprocess
 import sys
-import tempfile
 from pathlib import Path
 
+import own_process
 import pytest
 
 pytestmark = [
@@ -27,11 +27,7 @@ FLOAT32 = ("log_decay", "beta", "state", "last_state", "d_last_state", "d_state"
 
 @pytest.fixture(scope="module")
 def compiled() -> dict[str, dict[str, int]]:
-    with tempfile.TemporaryDirectory() as folder:
-        environment = os.environ | {"TRITON_CACHE_DIR": folder, "TRITON_INTERPRET": "0"}
-        done = subprocess.run([sys.executable, __file__], env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout)
+    return own_process.compiled(__file__)
 
 
 @pytest.mark.parametrize("key_dim", KEY_DIMS)

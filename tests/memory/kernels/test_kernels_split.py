@@ -4,12 +4,11 @@ One process of its own runs all problems, interpreted: this file as a script (se
 """
 
 import json
-import os
-import subprocess
 import sys
 
 import pytest
 import torch
+from own_process import interpreted
 
 from sleeptrain import memory
 from sleeptrain.memory.kernels.check import Case, above_bar, errors, make_inputs
@@ -37,11 +36,7 @@ OTHER_CALLS = "other calls"
 
 @pytest.fixture(scope="module")
 def found() -> dict[str, dict[str, float]]:
-    environment = os.environ | {"TRITON_INTERPRET": "1"}
-    command = [sys.executable, "-W", "error", __file__]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout)
+    return interpreted(__file__)
 
 
 @pytest.mark.parametrize(("case", "num_segments"), CASES, ids=str)

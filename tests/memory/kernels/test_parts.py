@@ -5,12 +5,11 @@ As in test_kernels.py, this file as a script runs all problems, in a process tha
 """
 
 import json
-import os
-import subprocess
 import sys
 
 import pytest
 import torch
+from own_process import interpreted
 from torch import Tensor
 
 from sleeptrain import memory
@@ -56,11 +55,7 @@ SLOW_DECAYS, MIXED = "slow decays", "mixed types"
 
 
 def run(name: str) -> dict[str, dict[str, float]]:
-    environment = os.environ | {"TRITON_INTERPRET": "1"}
-    command = [sys.executable, "-W", "error", __file__, name]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout)
+    return interpreted(__file__, name)
 
 
 @pytest.fixture(scope="module")

@@ -2,11 +2,9 @@
 without a GPU; as test_kernels_compile.py does for the rule's."""
 
 import json
-import os
-import subprocess
 import sys
-import tempfile
 
+import own_process
 import pytest
 from test_kernels_compile import MOST_SPILLED_BYTES, SHARED_BYTES, compile_one
 
@@ -28,11 +26,7 @@ TYPES = INTEGERS | {"length": "fp32", "eps": "fp32", "valid": "*i1", "d_y": "*fp
 
 @pytest.fixture(scope="module")
 def compiled() -> dict[str, dict[str, int]]:
-    with tempfile.TemporaryDirectory() as folder:
-        environment = os.environ | {"TRITON_CACHE_DIR": folder, "TRITON_INTERPRET": "0"}
-        done = subprocess.run([sys.executable, __file__], env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout)
+    return own_process.compiled(__file__)
 
 
 @pytest.mark.parametrize("label", LABELS)
