@@ -38,6 +38,7 @@ def found() -> dict[str, dict[str, float]]:
     return json.loads(done.stdout)
 
 
+@pytest.mark.more  # where the peers of the benchmarks are installed, fla-core among them
 @pytest.mark.skipif(sys.platform != "linux" or not find_spec("fla"), reason="fla-core is not installed")
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_fla_equals_the_recurrence(case: Case, found: dict[str, dict[str, float]]) -> None:
