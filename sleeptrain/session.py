@@ -14,6 +14,7 @@ import hashlib
 import json
 import time
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -27,8 +28,11 @@ from sleeptrain.config import GSMInfiniteConfig, TextConfig
 from sleeptrain.engine.restored import restore
 from sleeptrain.model import ragged
 from sleeptrain.model import session as sessions
+from sleeptrain.model.decoder import Decoder
 from sleeptrain.model.halting import Stop
+from sleeptrain.model.layers import cast_linear_maps
 from sleeptrain.model.visits import require_passes
+from sleeptrain.parallel.backend import autocast, compute_dtype
 from sleeptrain.schema import ConfigError, RunError, to_dict
 from sleeptrain.tasks.tokenizer import Tokenizer, make_tokenizer
 
@@ -52,7 +56,9 @@ class Session:
     norm, or, where halting is learned, once the chance of having halted reaches ``halt_threshold`` (None:
     0.5).
 
-    ``on_sleep`` hears of every sleep. Raises ConfigError or RunError where there is no usable checkpoint.
+    What is written is read token by token, with ``cuda_graphs`` (None: on a CUDA device) as one graph, which
+    takes seconds to record. ``on_sleep`` hears of every sleep. Raises ConfigError or RunError where there is
+    no usable checkpoint.
     """
 
     def __init__(
@@ -64,6 +70,7 @@ class Session:
         tolerance: float = 0.0,
         halt_threshold: float | None = None,
         on_sleep: Callable[[Sleep], None] = lambda sleep: None,
+        cuda_graphs: bool | None = None,
     ) -> None:
         found = restore(Path(checkpoint), device)
         self.config, self.model, self.device = found.config, found.backend.model, found.backend.device
@@ -78,11 +85,31 @@ class Session:
             else None
         )
         self.on_sleep = on_sleep
-        self._backend = found.backend
+        self._autocast = partial(autocast, found.config, self.device)
+        if (dtype := compute_dtype(found.config, self.device)) != self.model.dtype:
+            cast_linear_maps(self.model, dtype)
         self._identity = _identity(found.config.run.id, found.checkpoint.step, to_dict(found.config))
-        self._rows = ragged.begin(self.model, num_sequences)
+        graphs = self.device.type == "cuda" if cuda_graphs is None else cuda_graphs
+        self._decoder = self._make_decoder() if graphs and found.config.sleep.window_tokens else None
+        self._resting = ragged.begin(self.model, num_sequences)
         self._read = torch.zeros(num_sequences, dtype=torch.long, device=self.device)
         self._next = torch.zeros(num_sequences, self.model.head.out_features, device=self.device)
+
+    def _make_decoder(self) -> Decoder:
+        return Decoder(self.model, self._autocast)
+
+    @property
+    def _rows(self) -> ragged.Rows:
+        """Where the sequences are, taken back from the decoder where it holds them."""
+        if self._decoder is not None and self._decoder.holds_rows:
+            self._resting = self._decoder.leave()
+        return self._resting
+
+    @_rows.setter
+    def _rows(self, rows: ragged.Rows) -> None:
+        if self._decoder is not None:
+            self._decoder.drop()
+        self._resting = rows
 
     @property
     def num_tokens(self) -> int:
@@ -98,7 +125,8 @@ class Session:
         """A session of these sequences, each as often as it is named, that remembers what they do now and
         goes on by itself. The weights are shared."""
         other, index = copy.copy(self), torch.tensor(rows, dtype=torch.long, device=self.device)
-        other._rows = ragged.take(self._rows, index)
+        other._resting = ragged.take(self._rows, index)
+        other._decoder = None if self._decoder is None else self._make_decoder()
         other._read, other._next = self._read[index], self._next[index]
         return other
 
@@ -134,25 +162,28 @@ class Session:
             take = torch.minimum(left, ragged.room_tokens(self.model, self._rows))
             places = begun[:, None] + torch.arange(int(take.max()), device=self.device)
             part = ids.gather(1, places.clamp_max(ids.shape[1] - 1))
-            with self._backend.autocast():
+            with self._autocast():
                 piece, self._rows = ragged.read(self.model, self._rows, part, take)
             newest = piece[torch.arange(len(take)), take - 1]
             self._next = torch.where((take > 0)[:, None], newest, self._next)
             self._read = self._read + take
             yield begun.tolist(), take.tolist(), piece
             begun, left = begun + take, left - take
-            full = ragged.room_tokens(self.model, self._rows) == 0
-            if full.any():
-                self._sleep(full, num_passes)
+            self._sleep_where_full(num_passes)
 
     def sleep(self, num_passes: int | None = None) -> None:
         """Passes 2..N over what is in the open windows, which is then forgotten but for what was written."""
         if self._rows.filled.any():
             self._sleep(self._rows.filled > 0, num_passes)
 
+    def _sleep_where_full(self, num_passes: int | None) -> None:
+        full = ragged.room_tokens(self.model, self._rows) == 0
+        if full.any():
+            self._sleep(full, num_passes)
+
     def _sleep(self, which: Tensor, num_passes: int | None) -> None:
         start, chosen = time.perf_counter(), num_passes or self.num_passes
-        with self._backend.autocast():
+        with self._autocast():
             self._rows, told = ragged.sleep(self.model, self._rows, which, chosen, self.stop)
         most = max((int(slept.passes.max()) for slept in told), default=1)
         self.on_sleep(Sleep(int(self._read[which].max()), most, time.perf_counter() - start))
@@ -170,10 +201,22 @@ class Session:
         end = self.model.head.out_features if self.tokenizer is None else self.tokenizer.end_id
         for _ in range(max_tokens):
             ids = choose(self._next, temperature, top_p, generator)
-            self.read(ids[:, None])
+            self._read_one(ids)
             yield ids
             if bool((ids == end).all()):
                 return
+
+    def _read_one(self, ids: Tensor) -> None:
+        """A token of each sequence ``[B]``, by the decoder where it can."""
+        decoder = self._decoder
+        if decoder is None or not (decoder.holds_rows or decoder.can_enter(self._rows)):
+            self.read(ids[:, None])
+            return
+        if not decoder.holds_rows:
+            decoder.enter(self._rows)
+        self._next, self._read = decoder.read(ids), self._read + 1
+        if not decoder.room_tokens:
+            self._sleep_where_full(None)
 
     def text(self, max_tokens: int, temperature: float = 0.0, top_p: float = 1.0, seed: int = 0) -> str:
         """What one sequence writes."""

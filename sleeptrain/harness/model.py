@@ -17,6 +17,7 @@ from tqdm import tqdm
 
 from sleeptrain.harness.batches import Ids, Score, Writing, after_contexts, score, write
 from sleeptrain.harness.settings import HarnessConfig
+from sleeptrain.model.flops import count_parameters
 from sleeptrain.schema import ConfigError, from_dict, unknown
 from sleeptrain.session import Session
 
@@ -113,10 +114,11 @@ class SleepingLM(TemplateLM):  # type: ignore[misc, unused-ignore]
 
     def get_model_info(self) -> dict[str, Any]:
         """What lm-eval writes beside its results."""
+        config, vocab_size = self.session.config, self.session.model.vocab_size
         return {
-            "model_num_parameters": sum(p.numel() for p in self.session.model.parameters()),
+            "model_num_parameters": sum(count_parameters(config.model, config.sleep, vocab_size)),
             "num_passes": self.session.num_passes,
-            "window_tokens": self.session.config.sleep.window_tokens,
+            "window_tokens": config.sleep.window_tokens,
         }
 
 

@@ -45,7 +45,7 @@ class Attention(UsesPointwise):
         next tokens will see it."""
         own, cache = self._keys_and_values(x_BTD, tokens), state.cache
         seen = own if cache is None else cache.followed_by(own)
-        survivors = BlockState(caches=(seen.newest(self._band(tokens) - 1),) if tokens.keeps_cache else ())
+        survivors = BlockState(caches=(self._survivors(seen, tokens),) if tokens.keeps_cache else ())
         if not is_read:
             return None, survivors
         q_BTHd = self.pointwise.rotate(self._queries(x_BTD), tokens.rotary)
@@ -69,6 +69,10 @@ class Attention(UsesPointwise):
 
     def _band(self, tokens: Tokens) -> int:
         return self.width_tokens or tokens.window_tokens
+
+    def _survivors(self, seen: KVCache, tokens: Tokens) -> KVCache:
+        """What the next token will look at."""
+        return seen.without_oldest() if tokens.is_compact else seen.newest(self._band(tokens) - 1)
 
     def _heads(self, x_BTC: Tensor) -> Tensor:
         return x_BTC.unflatten(-1, (-1, self.head_dim))

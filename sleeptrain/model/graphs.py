@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from sleeptrain.model.hybrid import HybridStack
-from sleeptrain.model.layers import Float32Linear
+from sleeptrain.model.layers import linear_maps
 from sleeptrain.model.state import BlockState, State, Tokens, map_tensors
 
 WARM_UPS = 3  # before a graph is recorded: kernels are compiled, workspaces made
@@ -33,7 +33,8 @@ class PassGraphs:
         self.stack, self.autocast_dtype = stack, autocast_dtype
         self.parameters = dict(stack.named_parameters())
         self.device = next(iter(self.parameters.values())).device
-        low = _multiplied_low(stack) if autocast_dtype else set()
+        linears = linear_maps(stack) if autocast_dtype else ()
+        low = {f"{name}.{own}" for name, linear in linears for own, _ in linear.named_parameters()}
         self.copies = {
             name: torch.empty_like(p, dtype=autocast_dtype if name in low else p.dtype)
             .detach()
@@ -45,6 +46,7 @@ class PassGraphs:
             for name, p in self.parameters.items()
             if p.requires_grad
         }
+        # One for all: nothing in it outlives a replay, for what enters and leaves lies outside.
         self.pool = torch.cuda.graph_pool_handle() if self.device.type == "cuda" else None
         self._caller = _Caller(stack)
         self._kinds: dict[Any, _Kind] = {}
@@ -89,23 +91,6 @@ class PassGraphs:
         with autocast:
             return torch.func.functional_call(self._caller, replaced, (work,))
 
-    def recorded(self, work: Callable[[], None]) -> Callable[[], None]:
-        """What does the work again, on the same tensors."""
-        if self.device.type != "cuda":
-            return work
-        aside = torch.cuda.Stream()
-        aside.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(aside):
-            for _ in range(WARM_UPS):
-                work()
-        torch.cuda.current_stream().wait_stream(aside)
-        graph = torch.cuda.CUDAGraph()
-        # One pool for all: nothing in it outlives a replay, for what enters and leaves lies outside. Other
-        # threads, as those that load data, may go on with what a recording thread must not do.
-        with torch.cuda.graph(graph, pool=self.pool, capture_error_mode="thread_local"):
-            work()
-        return graph.replay
-
 
 class _Kind:
     """Passes of one kind: the places of all that enters and leaves, and the work between them."""
@@ -124,7 +109,7 @@ class _Kind:
         with torch.no_grad():
             self.left = map_tensors(_place, self._pass(self.entering))
         self.outputs = leaves(self.left)
-        self.forward = graphs.recorded(self._forward)
+        self.forward = recorded(self._forward, graphs.device, graphs.pool)
         self.backward: Callable[[], None] | None = None
 
     def prepare_backward(self) -> None:
@@ -135,7 +120,7 @@ class _Kind:
         self.d_inputs = [
             torch.zeros_like(x) if learns else None for x, learns in zip(self.inputs, self.is_learned)
         ]
-        self.backward = self.graphs.recorded(self._backward)
+        self.backward = recorded(self._backward, self.graphs.device, self.graphs.pool)
         torch._foreach_zero_(list(self.graphs.sums.values()))
 
     def _pass(self, entering: tuple[tuple[Tensor, State], Tokens]) -> tuple[Tensor, State]:
@@ -236,6 +221,24 @@ class _Caller(nn.Module):
         return work()
 
 
+def recorded(work: Callable[[], None], device: torch.device, pool: Any = None) -> Callable[[], None]:
+    """What does the work again, on the same tensors: a graph on a CUDA device, the work itself elsewhere. To
+    record does the work a few times."""
+    if device.type != "cuda":
+        return work
+    aside = torch.cuda.Stream()
+    aside.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(aside):
+        for _ in range(WARM_UPS):
+            work()
+    torch.cuda.current_stream().wait_stream(aside)
+    graph = torch.cuda.CUDAGraph()
+    # Other threads, as those that load data, may go on with what a recording thread must not do.
+    with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
+        work()
+    return graph.replay
+
+
 def leaves(tree: Any) -> list[Tensor]:
     """The tensors of a tree, in order."""
     found: list[Tensor] = []
@@ -255,13 +258,3 @@ def fill(places: list[Tensor], values: Iterable[Tensor]) -> None:
 
 def _place(x: Tensor) -> Tensor:
     return torch.empty(x.shape, dtype=x.dtype, device=x.device)
-
-
-def _multiplied_low(stack: HybridStack) -> set[str]:
-    """Names of the weights that autocast would cast, over and over."""
-    linears = [
-        (name, module)
-        for name, module in stack.named_modules()
-        if isinstance(module, nn.Linear) and not isinstance(module, Float32Linear)
-    ]
-    return {f"{name}.{own}" for name, module in linears for own, _ in module.named_parameters(recurse=False)}

@@ -3,6 +3,8 @@
 Shape letters: B batch, T tokens, D model width, H heads.
 """
 
+from collections.abc import Iterator
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -35,6 +37,21 @@ class Float32Linear(nn.Linear):
         with torch.autocast(x.device.type, enabled=False):
             dtype = torch.promote_types(x.dtype, torch.float32)
             return F.linear(x.to(dtype), self.weight.to(dtype))
+
+
+def cast_linear_maps(module: nn.Module, dtype: torch.dtype) -> None:
+    """For inference: the weights of linear maps once, where autocast would cast them for every pass. What
+    they compute stays the same; a head that was tied to the embedding has a weight of its own then."""
+    for _, linear in linear_maps(module):
+        for name, weight in list(linear.named_parameters(recurse=False)):
+            setattr(linear, name, nn.Parameter(weight.detach().to(dtype), requires_grad=False))
+
+
+def linear_maps(module: nn.Module) -> Iterator[tuple[str, nn.Linear]]:
+    """Those that autocast lets multiply in its type, by name."""
+    for name, each in module.named_modules():
+        if isinstance(each, nn.Linear) and not isinstance(each, Float32Linear):
+            yield name, each
 
 
 def compute_type(x: Tensor) -> torch.dtype:

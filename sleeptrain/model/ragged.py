@@ -7,7 +7,6 @@ What the rows hold is padded: a pad is marked invalid, and no mixer sees it.
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from sleeptrain.model import session as sessions
@@ -61,7 +60,7 @@ def read(model: SleepModel, rows: Rows, ids: Tensor, lengths: Tensor) -> tuple[T
     h, session = sessions.read_on(model, rows.session, ids, valid, rows.filled[:, None])
     held = torch.cat([_last(rows.filled, rows.session.hidden.shape[1]), valid], dim=1)
     hidden = _compact(session.hidden, held, int(filled.max()))
-    state = tuple(block._replace(caches=tuple(map(_without_pads, block.caches))) for block in session.state)
+    state = tuple(block._replace(caches=tuple(map(without_pads, block.caches))) for block in session.state)
     return model.logits(h), Rows(Session(session.start, state, hidden), filled)
 
 
@@ -94,7 +93,7 @@ def _compact(values: Tensor, valid: Tensor, size: int) -> Tensor:
     return values.gather(1, order[..., None].expand(-1, -1, values.shape[-1]))
 
 
-def _without_pads(cache: KVCache) -> KVCache:
+def without_pads(cache: KVCache) -> KVCache:
     """As many places as the fullest row needs."""
     return cache.newest(int(cache.valid.sum(1).max()))
 
@@ -139,8 +138,5 @@ def _as_many(
         caches = tuple(
             KVCache(*(part.new_zeros(size, 0, *part.shape[2:]) for part in cache)) for cache in like
         )
-    padded = [
-        KVCache(*(F.pad(part, [0, 0] * (part.dim() - 2) + [num_places - part.shape[1], 0]) for part in cache))
-        for cache in caches
-    ]
+    padded = [cache.padded(num_places) for cache in caches]
     return padded + padded[-1:] * (number - len(padded))

@@ -129,13 +129,19 @@ def _open(model: SleepModel, start: State, hidden: Tensor) -> Session:
 
 
 def read_on(
-    model: SleepModel, session: Session, ids: Tensor, valid: Tensor | None = None, start: Tensor | None = None
+    model: SleepModel,
+    session: Session,
+    ids: Tensor,
+    valid: Tensor | None = None,
+    start: Tensor | None = None,
+    is_compact: bool = False,
 ) -> tuple[Tensor, Session]:
     """Pass 1 over some tokens of the open window, whose first has the place ``start`` ``[B, 1]`` in it (None:
-    the next one); the h that the core leaves is kept for the passes of sleep. Returns h ``[B, T, D]``."""
+    the next one); the h that the core leaves is kept for the passes of sleep. ``is_compact``: see ``Tokens``.
+    Returns h ``[B, T, D]``."""
     tokens = model.tokens(ids, valid, start=session.position_tokens if start is None else start)
     length = model.sleep.window_tokens or sys.maxsize
-    tokens = tokens._replace(window_tokens=length, keeps_cache=True, keeps_tail=True)
+    tokens = tokens._replace(window_tokens=length, keeps_cache=True, keeps_tail=True, is_compact=is_compact)
     h, state, hidden = model.embed(ids), session.state, session.hidden
     for name, blocks in segments_of(model.config).items():
         h, state = model.stack(h, state, tokens, blocks)

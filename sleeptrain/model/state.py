@@ -8,6 +8,7 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from sleeptrain.model.dropout import Dropout
@@ -35,6 +36,19 @@ class KVCache(NamedTuple):
             self.positions.gather(1, order),
             self.valid.gather(1, order),
         )
+
+    def compact(self, num_places: int) -> "KVCache":
+        """The same in so many places: pads, then what is real, in order."""
+        return self.padded(num_places + 1).newest(num_places)
+
+    def padded(self, num_places: int) -> "KVCache":
+        """With pads before what is there, at least ``num_places`` in all."""
+        missing = max(0, num_places - self.keys.shape[1])
+        return KVCache(*(F.pad(part, [0, 0] * (part.dim() - 2) + [missing, 0]) for part in self))
+
+    def without_oldest(self) -> "KVCache":
+        """Without what has the first place."""
+        return KVCache(*(part[:, 1:] for part in self))
 
     def followed_by(self, newer: "KVCache") -> "KVCache":
         return KVCache(*(torch.cat(pair, dim=1) for pair in zip(self, newer)))
@@ -68,8 +82,9 @@ class Tokens(NamedTuple):
 
     ``positions`` ``[B or 1, T]`` count real tokens from the start of the window; ``valid`` ``[B, T]`` is
     False on pads, None where there are none; ``rotary`` is the table of these positions. ``keeps_cache`` and
-    ``keeps_tail`` ask for the keys, values and convolution inputs that later tokens will need. ``dropout``
-    is there in training, where the config asks for it.
+    ``keeps_tail`` ask for the keys, values and convolution inputs that later tokens will need.
+    ``is_compact``: the token is one, no pad, and caches have all the places they may, pads before what is
+    real. ``dropout`` is there in training, where the config asks for it.
     """
 
     positions: Tensor
@@ -78,6 +93,7 @@ class Tokens(NamedTuple):
     window_tokens: int
     keeps_cache: bool
     keeps_tail: bool
+    is_compact: bool = False
     dropout: Dropout | None = None
 
 

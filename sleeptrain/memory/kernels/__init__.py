@@ -16,6 +16,7 @@ the chunk and b the write strengths (the mathematics of ``chunked.py``, with U a
     dq, dk, dv, d_log_decay, d_beta                      gradients.py, all chunks at once
 
 ``rule.py`` joins them behind the contract; ``split.py`` scans a long sequence in parts, side by side;
-``tiles.py`` has the sizes. ``fused_convolution.py`` (the kernels of ``convolution.py``), ``gates.py`` and
-``gated_norm.py`` are what stands around a rule. ``check.py`` proves all of them on a device.
+``step.py`` is for one token alone; ``tiles.py`` has the sizes. ``fused_convolution.py`` (the kernels of
+``convolution.py``), ``gates.py`` and ``gated_norm.py`` are what stands around a rule. ``check.py`` proves all
+of them on a device.
 """

@@ -36,7 +36,7 @@ EXTREME_BETAS = (0.0, 1.0, 1.99)
 
 class Case(NamedTuple):
     """Sizes and type of one problem; ``extreme`` gates mix the ends of their ranges in every chunk, ``slow``
-    decays let hundreds of tokens pass before a state is gone."""
+    decays let hundreds of tokens pass before a state is gone. Without ``is_learned`` it has no gradients."""
 
     rule: str = "gated_delta"
     num_sequences: int = 2
@@ -49,11 +49,13 @@ class Case(NamedTuple):
     extreme: bool = False
     slow: bool = False
     is_read: bool = True
+    is_learned: bool = True
     seed: int = 0
 
     def __str__(self) -> str:
         gates = "extreme" if self.extreme else "slow" if self.slow else "usual"
         read = "" if self.is_read else ", not read"
+        read += "" if self.is_learned else ", not learned"
         return (
             f"{self.rule} {str(self.dtype).removeprefix('torch.')} T {self.num_tokens} "
             f"heads {self.num_key_heads}/{self.num_heads} K {self.key_dim} V {self.value_dim} "
@@ -61,6 +63,12 @@ class Case(NamedTuple):
         )
 
 
+STEPS = (  # of one token, as when text is written
+    Case(num_tokens=1, key_dim=128, value_dim=128, is_learned=False),
+    Case("delta", num_tokens=1, is_learned=False, is_read=False),
+    Case("gated_hebbian", num_tokens=1, num_heads=4, key_dim=96, value_dim=256, is_learned=False),
+    Case(num_tokens=1, dtype=torch.float32, is_learned=False),
+)
 Problem = Case | Part
 
 
@@ -74,6 +82,7 @@ def cases(num_seeds: int) -> Iterator[Case]:
             yield Case(key_dim=96, value_dim=256, num_heads=4, extreme=extreme, seed=seed)
             yield Case(num_sequences=66, num_tokens=65, extreme=extreme, seed=seed)  # a full GPU: wide tiles
             yield Case(num_tokens=1, extreme=extreme, seed=seed)
+            yield from (case._replace(extreme=extreme, seed=seed) for case in STEPS)
             yield Case(num_tokens=63, dtype=torch.float32, extreme=extreme, seed=seed)
             yield Case(key_dim=128, value_dim=128, dtype=torch.float16, extreme=extreme, seed=seed)
             yield Case("delta", extreme=extreme, seed=seed)
@@ -127,8 +136,10 @@ def _solve(
     function: Callable, values: list[Tensor], d_outputs: tuple[Tensor, Tensor], case: Case
 ) -> dict[str, Tensor | None]:
     """Outputs, and the gradients of all inputs for these gradients of the outputs."""
-    leaves = [x.detach().requires_grad_() for x in values]
+    leaves = [x.detach().requires_grad_(case.is_learned) for x in values]
     out, last = function(leaves[0] if case.is_read else None, *leaves[1:], rule=case.rule)
+    if not case.is_learned:
+        return {"out": out, "last_state": last}
     pairs = [(x, d.to(x.dtype)) for x, d in zip((out, last), d_outputs) if x is not None]
     found = torch.autograd.grad([x for x, _ in pairs], leaves, [d for _, d in pairs], allow_unused=True)
     named = {f"d_{name}": gradient for name, gradient in zip(NAMES, found)}

@@ -12,6 +12,7 @@ from sleeptrain.memory.kernels.factors import factors_kernel
 from sleeptrain.memory.kernels.gradients import gradients_kernel
 from sleeptrain.memory.kernels.scan import scan_backward_kernel, scan_kernel
 from sleeptrain.memory.kernels.split import gradients_after, in_segments, states_before
+from sleeptrain.memory.kernels.step import step
 from sleeptrain.memory.kernels.tiles import Tiles, choose_tiles, power_of_2
 from sleeptrain.memory.rule import RULES
 
@@ -41,6 +42,8 @@ def chunked_triton(
     if tiles.segments > 1:
         contiguous[:5] = [None if x is None else in_segments(x, tiles.segments) for x in contiguous[:5]]
     with torch.cuda.device_of(v):
+        if num_tokens == 1 and not is_kept:
+            return step(*contiguous, rule)  # type: ignore[arg-type]
         out, last_state = _TritonRule.apply(*contiguous, rule, tiles, is_kept)
     return None if out is None else out.view(v.shape), last_state
 
