@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from sleeptrain.config import BlockSpec, ModelConfig
 from sleeptrain.model.layers import RMSNorm, rotary_table
 from sleeptrain.model.pointwise import UsesPointwise
-from sleeptrain.model.state import BlockState, KVCache, Tokens
+from sleeptrain.model.state import BlockState, KVCache, Ring, Tokens
 
 
 class Attention(UsesPointwise):
@@ -43,36 +43,51 @@ class Attention(UsesPointwise):
     ) -> tuple[Tensor | None, BlockState]:
         """Returns the mixed tokens (None where nobody reads them) and, where it is kept, the cache as the
         next tokens will see it."""
-        own, cache = self._keys_and_values(x_BTD, tokens), state.cache
+        keys, values = self._keys(x_BTD), self._heads(self.v_proj(x_BTD))
+        if state.ring is not None and tokens.rings is not None:
+            token = tokens.rings[self._band(tokens)]
+            state.ring.write(token.place, keys, self.pointwise.rotate(keys, tokens.rotary), values)
+            return self._mixed(x_BTD, state.ring.rotated, state.ring.values, token.mask, tokens), state
+        own, cache = _cache(keys, values, tokens), state.cache
         seen = own if cache is None else cache.followed_by(own)
-        survivors = BlockState(caches=(self._survivors(seen, tokens),) if tokens.keeps_cache else ())
+        survivors = BlockState(caches=(seen.newest(self._band(tokens) - 1),) if tokens.keeps_cache else ())
         if not is_read:
             return None, survivors
-        q_BTHd = self.pointwise.rotate(self._queries(x_BTD), tokens.rotary)
         mask = self._mask(own, cache, tokens)
-        keys = self.pointwise.rotate(own.keys, tokens.rotary)
+        keys = self.pointwise.rotate(keys, tokens.rotary)
         if cache is not None:
-            table = rotary_table(cache.positions, self.rotary_dim, self.theta, tokens.rotary[0].dtype)
-            keys = torch.cat([self.pointwise.rotate(cache.keys, table).to(keys.dtype), keys], dim=1)
+            keys = torch.cat([self._rotated(cache, tokens.rotary[0].dtype).to(keys.dtype), keys], dim=1)
+        return self._mixed(x_BTD, keys, seen.values.to(keys.dtype), mask, tokens), survivors
+
+    def ring(self, cache: KVCache, dtype: torch.dtype) -> Ring:
+        """What the decoder's tokens look at and write to, which begins as a cache; ``dtype`` is that of
+        positions."""
+        return Ring(cache.keys, self._rotated(cache, dtype), cache.values)
+
+    def _mixed(
+        self, x_BTD: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None, tokens: Tokens
+    ) -> Tensor:
+        """What the tokens take from rotated keys and their values; ``mask`` None: plain causal attention."""
+        q_BTHd = self.pointwise.rotate(self._queries(x_BTD), tokens.rotary)
         out = F.scaled_dot_product_attention(
             q_BTHd.transpose(1, 2),
             keys.transpose(1, 2),
-            seen.values.to(keys.dtype).transpose(1, 2),
+            values.transpose(1, 2),
             attn_mask=mask,
             is_causal=mask is None,
-            enable_gqa=own.keys.shape[2] != q_BTHd.shape[2],
+            enable_gqa=keys.shape[2] != q_BTHd.shape[2],
         )
         out_BTC = out.transpose(1, 2).flatten(2)
         if self.g_proj is not None:
             out_BTC = out_BTC * torch.sigmoid(self.g_proj(x_BTD))
-        return self.o_proj(out_BTC), survivors
+        return self.o_proj(out_BTC)
+
+    def _rotated(self, cache: KVCache, dtype: torch.dtype) -> Tensor:
+        table = rotary_table(cache.positions, self.rotary_dim, self.theta, dtype)
+        return self.pointwise.rotate(cache.keys, table)
 
     def _band(self, tokens: Tokens) -> int:
         return self.width_tokens or tokens.window_tokens
-
-    def _survivors(self, seen: KVCache, tokens: Tokens) -> KVCache:
-        """What the next token will look at."""
-        return seen.without_oldest() if tokens.is_compact else seen.newest(self._band(tokens) - 1)
 
     def _heads(self, x_BTC: Tensor) -> Tensor:
         return x_BTC.unflatten(-1, (-1, self.head_dim))
@@ -84,11 +99,6 @@ class Attention(UsesPointwise):
     def _keys(self, x_BTD: Tensor) -> Tensor:
         k_BTC = self.k_proj(x_BTD)
         return self.k_norm(self._heads(self.k_width_norm(k_BTC))).to(k_BTC.dtype)
-
-    def _keys_and_values(self, x_BTD: Tensor, tokens: Tokens) -> KVCache:
-        positions = tokens.positions.expand(len(x_BTD), -1)
-        valid = torch.ones_like(positions, dtype=torch.bool) if tokens.valid is None else tokens.valid
-        return KVCache(self._keys(x_BTD), self._heads(self.v_proj(x_BTD)), positions, valid)
 
     def _mask(self, own: KVCache, cache: KVCache | None, tokens: Tokens) -> Tensor | None:
         """``[B, 1, T, S + T]``, True where a query may look; None: plain causal attention is exactly that."""
@@ -105,3 +115,9 @@ class Attention(UsesPointwise):
         own_part = mask[..., mask.shape[-1] - num_tokens :]
         own_part |= torch.eye(num_tokens, dtype=torch.bool, device=mask.device)
         return mask[:, None]
+
+
+def _cache(keys: Tensor, values: Tensor, tokens: Tokens) -> KVCache:
+    positions = tokens.positions.expand(len(keys), -1)
+    valid = torch.ones_like(positions, dtype=torch.bool) if tokens.valid is None else tokens.valid
+    return KVCache(keys, values, positions, valid)

@@ -1,9 +1,10 @@
 """Tokens that come one by one, in fixed places: on a CUDA device each is one replay of a graph.
 
 To read a token eagerly is a few thousand short kernels for a large model, and starting them takes longer than
-they do. A graph needs tensors whose shape and place stay, so here all open windows have as many places as
-they will ever fill: pads stand before what is real, and the newest token pushes one of them, or the oldest
-token, out. On a CPU the same work is done without a graph, which is how the tests see it.
+they do. A graph needs tensors whose shape and place stay, so here every open window has as many places as it
+will ever fill, pads before what is real; and nothing that was read is moved for the next token's sake: keys
+and values lie in rings, where the newest overwrites a pad, or the oldest. On a CPU the same work is done
+without a graph, which is how the tests see it.
 
 Shape letters: B batch, D model width, L window tokens, V vocabulary.
 """
@@ -16,23 +17,33 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from sleeptrain.model.attention import Attention
 from sleeptrain.model.graphs import fill, leaves, recorded
 from sleeptrain.model.ragged import Rows, room_tokens, without_pads
 from sleeptrain.model.session import Session, read_on
 from sleeptrain.model.sleep import SleepModel
-from sleeptrain.model.state import State, map_tensors
+from sleeptrain.model.state import BlockState, KVCache, RingToken, State, map_tensors
+
+
+class Slots(NamedTuple):
+    """What stands in the places of all rings of a width, ``[B, width]``: which tokens, and whether any."""
+
+    positions: Tensor
+    valid: Tensor
 
 
 class Places(NamedTuple):
-    """Of the open windows: ``filled`` ``[B]``, ``hidden`` ``[B, L, D]``, whose last are real, and the state
-    with caches of as many places as there may be earlier tokens."""
+    """Of the open windows: ``filled`` ``[B]``; how many tokens were read since they entered, ``number``
+    ``[1]``; ``hidden`` ``[B, L, D]``; a state with rings; the slots of these, by width."""
 
     filled: Tensor
+    number: Tensor
     hidden: Tensor
     state: State
+    slots: tuple[Slots, ...]
 
 
-class _Recording(NamedTuple):
+class Recording(NamedTuple):
     """Where a step reads and writes, ``ids`` ``[B, 1]`` and ``logits`` ``[B, V]``, and what replays it."""
 
     places: Places
@@ -48,9 +59,12 @@ class Decoder:
 
     def __init__(self, model: SleepModel, autocast: Callable[[], AbstractContextManager]) -> None:
         self.model, self.autocast = model, autocast
+        self.window_tokens = model.sleep.window_tokens
         self.room_tokens = 0  # that every row still takes
+        attentions = [spec for spec in model.config.blocks if not spec.is_fast_weight]
+        self._widths = sorted({spec.width_tokens or self.window_tokens for spec in attentions})
         self._start: State | None = None  # of the rows that are held
-        self._recording: _Recording | None = None
+        self._recording: Recording | None = None
 
     @property
     def holds_rows(self) -> bool:
@@ -69,9 +83,9 @@ class Decoder:
     def enter(self, rows: Rows) -> None:
         """Takes rows into the places; the first time, and where their number changes, a graph is recorded,
         which takes seconds."""
-        entering = self._padded(rows)
+        entering = self.places_of(rows)
         if self._recording is None or _forms(self._recording.places) != _forms(entering):
-            self._recording = self._record(entering)
+            self._recording = self.record(entering)
         fill(leaves(self._recording.places), leaves(entering))
         self._start, self.room_tokens = rows.session.start, int(room_tokens(self.model, rows).min())
 
@@ -89,9 +103,11 @@ class Decoder:
         """The rows as they are now, which are held no longer. Raises ValueError where none are."""
         if self._start is None or self._recording is None:
             raise ValueError("no rows are held; enter some first")
-        filled, hidden, state = map_tensors(Tensor.clone, self._recording.places)
-        state = tuple(block._replace(caches=tuple(map(without_pads, block.caches))) for block in state)
-        hidden = hidden[:, hidden.shape[1] - int(filled.max()) :]
+        filled, number, hidden, state, slots = map_tensors(Tensor.clone, self._recording.places)
+        hidden = hidden.roll(-int(number), 1)[:, self.window_tokens - int(filled.max()) :]
+        by_width = dict(zip(self._widths, slots))
+        caches = (_cache(block, by_width, int(number)) for block in state)
+        state = tuple(BlockState(block.memory, block.tail, cache) for block, cache in zip(state, caches))
         rows = Rows(Session(self._start, state, hidden), filled)
         self.drop()
         return rows
@@ -100,33 +116,66 @@ class Decoder:
         """Holds nothing any more."""
         self._start = None
 
-    def _padded(self, rows: Rows) -> Places:
-        """With as many places as there may be tokens."""
-        length, session = self.model.sleep.window_tokens, rows.session
-        hidden = F.pad(session.hidden, [0, 0, length - session.position_tokens, 0])
-        state = tuple(
-            block._replace(
-                caches=tuple(cache.compact((spec.width_tokens or length) - 1) for cache in block.caches)
-            )
-            for spec, block in zip(self.model.config.blocks, session.state)
+    def places_of(self, rows: Rows) -> Places:
+        """What a step reads and writes, before it, of rows that can enter."""
+        session, slots = rows.session, {}
+        state = []
+        for spec, layer, block in zip(self.model.config.blocks, self.model.stack.blocks, session.state):
+            if spec.is_fast_weight:
+                state.append(block)
+                continue
+            assert isinstance(layer.mixer, Attention)
+            width = spec.width_tokens or self.window_tokens
+            cache = block.caches[0].compact(width)
+            slots[width] = Slots(cache.positions, cache.valid)
+            state.append(BlockState(ring=layer.mixer.ring(cache, self.model.dtype)))
+        return Places(
+            rows.filled,
+            rows.filled.new_zeros(1),
+            F.pad(session.hidden, [0, 0, self.window_tokens - session.position_tokens, 0]),
+            tuple(state),
+            tuple(slots[width] for width in self._widths),
         )
-        return Places(rows.filled, hidden, state)
 
-    def _record(self, entering: Places) -> _Recording:
+    def record(self, entering: Places) -> Recording:
         """What replays a step, on places of this form; to record fills them with anything."""
         places, ids = map_tensors(Tensor.clone, entering), entering.filled.new_zeros(len(entering.filled), 1)
         logits = entering.hidden.new_zeros(len(ids), self.model.head.out_features, dtype=self.model.dtype)
 
         @torch.no_grad()
         def step() -> None:
-            session = Session(places.state, places.state, places.hidden)
+            start, rings = places.filled[:, None], {}
+            for width, slots in zip(self._widths, places.slots):
+                place = places.number % width
+                slots.positions.index_copy_(1, place, start)
+                slots.valid.index_fill_(1, place, True)
+                rings[width] = RingToken(place, slots.valid[:, None, None])
+            session = Session(places.state, places.state, places.hidden[:, :0])
             with self.autocast():
-                h, session = read_on(self.model, session, ids, start=places.filled[:, None], is_compact=True)
+                h, session = read_on(self.model, session, ids, start=start, rings=rings)
                 fill([logits], [self.model.logits(h)[:, 0]])
-            left = Places(places.filled + 1, session.hidden[:, 1:], session.state)
-            fill(leaves(places), leaves(left))
+            places.hidden.index_copy_(1, places.number, session.hidden.to(places.hidden.dtype))
+            fill(_fast_weights(places.state), _fast_weights(session.state))
+            places.filled.add_(1)
+            places.number.add_(1)
 
-        return _Recording(places, ids, logits, recorded(step, ids.device))
+        return Recording(places, ids, logits, recorded(step, ids.device))
+
+
+def _cache(block: BlockState, by_width: dict[int, Slots], number: int) -> tuple[KVCache, ...]:
+    """What the next token sees, in order; ``number`` tokens were read into the ring."""
+    if block.ring is None:
+        return ()
+    keys, _, values = block.ring
+    width = keys.shape[1]
+    parts = (keys, values, *by_width[width])
+    ordered = KVCache(*(part.roll(-(number % width), 1) for part in parts))
+    return (without_pads(ordered.newest(width - 1)),)
+
+
+def _fast_weights(state: State) -> list[Tensor]:
+    """And convolution tails: what a step leaves anew."""
+    return leaves(tuple((block.memory, block.tail) for block in state))
 
 
 def _forms(places: Places) -> list[tuple[torch.Size, torch.dtype]]:

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from sleeptrain.model.halting import Stop
 from sleeptrain.model.sleep import SleepModel
-from sleeptrain.model.state import BlockState, KVCache, State
+from sleeptrain.model.state import BlockState, KVCache, RingToken, State
 from sleeptrain.model.visits import require_passes, segments_of
 from sleeptrain.model.window_state import Passes
 
@@ -134,14 +134,15 @@ def read_on(
     ids: Tensor,
     valid: Tensor | None = None,
     start: Tensor | None = None,
-    is_compact: bool = False,
+    rings: Mapping[int, RingToken] | None = None,
 ) -> tuple[Tensor, Session]:
     """Pass 1 over some tokens of the open window, whose first has the place ``start`` ``[B, 1]`` in it (None:
-    the next one); the h that the core leaves is kept for the passes of sleep. ``is_compact``: see ``Tokens``.
-    Returns h ``[B, T, D]``."""
+    the next one); the h that the core leaves is kept for the passes of sleep. ``rings``: see ``Tokens``.
+    Returns h ``[B, T, D]``.
+    """
     tokens = model.tokens(ids, valid, start=session.position_tokens if start is None else start)
     length = model.sleep.window_tokens or sys.maxsize
-    tokens = tokens._replace(window_tokens=length, keeps_cache=True, keeps_tail=True, is_compact=is_compact)
+    tokens = tokens._replace(window_tokens=length, keeps_cache=True, keeps_tail=True, rings=rings)
     h, state, hidden = model.embed(ids), session.state, session.hidden
     for name, blocks in segments_of(model.config).items():
         h, state = model.stack(h, state, tokens, blocks)

@@ -4,7 +4,7 @@ Every tensor has the batch as its first dimension, so a state can be saved, move
 compared.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -46,10 +46,6 @@ class KVCache(NamedTuple):
         missing = max(0, num_places - self.keys.shape[1])
         return KVCache(*(F.pad(part, [0, 0] * (part.dim() - 2) + [missing, 0]) for part in self))
 
-    def without_oldest(self) -> "KVCache":
-        """Without what has the first place."""
-        return KVCache(*(part[:, 1:] for part in self))
-
     def followed_by(self, newer: "KVCache") -> "KVCache":
         return KVCache(*(torch.cat(pair, dim=1) for pair in zip(self, newer)))
 
@@ -58,9 +54,31 @@ class KVCache(NamedTuple):
         return self._replace(positions=self.positions - num_tokens[:, None])
 
 
+class Ring(NamedTuple):
+    """Keys as they are, keys rotated and values of the newest tokens ``[B, width, heads, head_dim]``: the one
+    thing of a state that is written in place, each token over the oldest. Only ``decoder.py`` makes them."""
+
+    keys: Tensor
+    rotated: Tensor
+    values: Tensor
+
+    def write(self, place: Tensor, *newest: Tensor) -> None:
+        """Puts those of one token to ``place`` ``[1]``."""
+        for part, new in zip(self, newest):
+            part.index_copy_(1, place, new.to(part.dtype))
+
+
+class RingToken(NamedTuple):
+    """Of the one token that is read into rings of a width: its ``place`` ``[1]``, and where it may look,
+    ``[B, 1, 1, width]``."""
+
+    place: Tensor
+    mask: Tensor
+
+
 class BlockState(NamedTuple):
     """What a block remembers: fast weights ``[B, H, K, V]`` and convolution tail ``[B, W-1, C]``, or KV
-    caches.
+    caches, or a ring of the decoder.
 
     A pass reads and leaves at most one cache; across a border the caches of several passes may survive.
     """
@@ -68,6 +86,7 @@ class BlockState(NamedTuple):
     memory: Tensor | None = None
     tail: Tensor | None = None
     caches: tuple[KVCache, ...] = ()
+    ring: Ring | None = None
 
     @property
     def cache(self) -> KVCache | None:
@@ -82,9 +101,9 @@ class Tokens(NamedTuple):
 
     ``positions`` ``[B or 1, T]`` count real tokens from the start of the window; ``valid`` ``[B, T]`` is
     False on pads, None where there are none; ``rotary`` is the table of these positions. ``keeps_cache`` and
-    ``keeps_tail`` ask for the keys, values and convolution inputs that later tokens will need.
-    ``is_compact``: the token is one, no pad, and caches have all the places they may, pads before what is
-    real. ``dropout`` is there in training, where the config asks for it.
+    ``keeps_tail`` ask for the keys, values and convolution inputs that later tokens will need. ``rings``, by
+    width, are there where attention has rings. ``dropout`` is there in training, where the config asks for
+    it.
     """
 
     positions: Tensor
@@ -93,7 +112,7 @@ class Tokens(NamedTuple):
     window_tokens: int
     keeps_cache: bool
     keeps_tail: bool
-    is_compact: bool = False
+    rings: Mapping[int, RingToken] | None = None
     dropout: Dropout | None = None
 
 

@@ -9,20 +9,22 @@ own inefficiency is part of. A kernel that fuses several operations counts as wh
 Variants, each with all that the one above it has: plain torch; the rule of the fast weights as kernels; also
 convolution, gates and gated norm as kernels; weights cast to bfloat16 once per step and not in each pass, as
 run.cuda_graphs does; norms, SwiGLU and rotary positions a kernel each, as run.compile should make them. The
-ratio is plain torch's floor over a variant's. The last line is the bound on training with activation
-checkpointing per pass: forward, forward again and backward.
+ratio is plain torch's floor over a variant's. After them the bound on training with activation checkpointing
+per pass: forward, forward again and backward. Last, what one token of one sequence costs awake, as the
+decoder reads it (model/decoder.py) with all of the above and a window of 2048, over the time that reading all
+weights once takes.
 """
 
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any, NamedTuple
 from unittest import mock
 
 import measure
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -32,8 +34,11 @@ from train_gpu import OURO_JET, QUICK
 from sleeptrain import memory
 from sleeptrain.config import ModelConfig, SleepConfig
 from sleeptrain.model import sleep
-from sleeptrain.model.layers import Float32Linear
+from sleeptrain.model.decoder import Decoder
+from sleeptrain.model.layers import cast_linear_maps
 from sleeptrain.model.pointwise import PLAIN, Pointwise, use
+from sleeptrain.model.ragged import Rows
+from sleeptrain.model.session import begin, read_on
 from sleeptrain.model.sleep import SleepModel
 
 FLOPS_PER_SECOND, BYTES_PER_SECOND = 790e12, 4.3e12
@@ -43,6 +48,7 @@ GROUPS = {
     "casts": {"_to_copy"},
     "norms": {"rms_norm"},
 }
+OF_ROWS = {"embedding", "index_copy_", "index_fill_"}  # touch little of their first argument
 RULE = ("apply",)
 AROUND = ("short_convolution", "gates_of_logits", "gated_rms_norm")
 
@@ -94,7 +100,8 @@ class Counter(TorchDispatchMode):
         if not self.is_paused and not func.is_view and name not in NO_KERNEL:
             counted = flop_registry.get(func._overloadpacket)
             flops = counted(*args, **kwargs, out_val=out) if counted else 0
-            self.add(group_of(name), tree_leaves((args, kwargs, out)), flops)
+            moved = [x for x in tree_leaves((args, kwargs, out)) if name not in OF_ROWS or x is not args[0]]
+            self.add(group_of(name), moved, flops)
         return out
 
     def add(self, group: str, tensors: Sequence[Any], flops: int = 0) -> None:
@@ -158,7 +165,7 @@ def group_of(name: str) -> str:
 def main() -> None:
     options = measure.parser(__doc__ or "", rounds=1).parse_args()
     measure.begin()
-    config, num_tokens = (QUICK.model, 24) if options.quick else (OURO_JET, 2048)
+    config, num_tokens, vocab_size = (QUICK.model, 24, 64) if options.quick else (OURO_JET, 2048, 49152)
     floors = {}
     for variant in VARIANTS:
         forward, backward = count(config, num_tokens, variant)
@@ -169,6 +176,7 @@ def main() -> None:
         print(f"ratio of floors, plain torch / {name}: {plain / (forward + backward):.3f}")
     forward, backward = floors[VARIANTS[-1].name]
     print(f"bound on pass-tokens/s with checkpointing: {num_tokens / (2 * forward + backward):,.0f}")
+    show_token(*count_token(config, num_tokens, vocab_size))
 
 
 def count(config: ModelConfig, num_tokens: int, variant: Variant) -> tuple[dict[str, Cost], dict[str, Cost]]:
@@ -177,7 +185,8 @@ def count(config: ModelConfig, num_tokens: int, variant: Variant) -> tuple[dict[
     with FakeTensorMode(), mock.patch.object(sleep, "initialise"):
         model = SleepModel(config, SleepConfig(window_tokens=num_tokens), vocab_size=64)
         if variant.is_cast_once:
-            cast_linears(model)
+            cast_linear_maps(model, torch.bfloat16)
+            model.requires_grad_()
         if variant.is_compiled:
             use(model, Pointwise(*(counter.fused("compiled", function) for function in PLAIN)))
         h = torch.empty(1, num_tokens, config.d_model, requires_grad=True)
@@ -185,17 +194,8 @@ def count(config: ModelConfig, num_tokens: int, variant: Variant) -> tuple[dict[
             model.tokens(torch.zeros(1, num_tokens, dtype=torch.long), None),
             model.initial_state(1),
         )
-        patches = [
-            mock.patch.object(memory, name, counter.fused("fast weights", getattr(memory, name)))
-            for name in variant.fused
-        ]
-        patches.append(mock.patch.object(F, "rms_norm", counter.fused("norms", F.rms_norm)))
-        for patch in patches:
-            patch.start()
-        with counter, torch.autocast("cpu", torch.bfloat16, cache_enabled=False):
+        with fusing(counter, variant), counter, autocast():
             left, after = model.stack(h, state, tokens, range(len(config.blocks)))
-        for patch in patches:
-            patch.stop()
         outputs = [left, *(block.memory for block in after if block.memory is not None)]
         costs, counter.costs = counter.costs, defaultdict(Cost)
         with counter:
@@ -203,11 +203,36 @@ def count(config: ModelConfig, num_tokens: int, variant: Variant) -> tuple[dict[
     return costs, counter.costs
 
 
-def cast_linears(model: SleepModel) -> None:
-    for module in model.modules():
-        if isinstance(module, nn.Linear) and not isinstance(module, Float32Linear):
-            for name, parameter in list(module.named_parameters(recurse=False)):
-                setattr(module, name, nn.Parameter(parameter.detach().to(torch.bfloat16)))
+def count_token(config: ModelConfig, num_tokens: int, vocab_size: int) -> tuple[dict[str, Cost], int]:
+    """Costs of a token, and bytes of the weights it needs."""
+    counter, variant = Counter(), VARIANTS[-1]
+    with FakeTensorMode(), mock.patch.object(sleep, "initialise"), torch.no_grad():
+        model = SleepModel(config, SleepConfig(window_tokens=num_tokens), vocab_size)
+        cast_linear_maps(model, torch.bfloat16)
+        with autocast():
+            _, read = read_on(model, begin(model, 1), torch.zeros(1, 1, dtype=torch.long))
+            decoder = Decoder(model, autocast)
+            recording = decoder.record(decoder.places_of(Rows(read, torch.ones(1, dtype=torch.long))))
+        use(model, Pointwise(*(counter.fused("compiled", function) for function in PLAIN)))
+        with fusing(counter, variant), counter:
+            recording.replay()
+    weights = (p for p in model.parameters() if p is not model.embed.weight)
+    return counter.costs, sum(p.numel() * p.element_size() for p in weights)
+
+
+def autocast() -> torch.autocast:
+    return torch.autocast("cpu", torch.bfloat16, cache_enabled=False)
+
+
+@contextmanager
+def fusing(counter: Counter, variant: Variant) -> Iterator[None]:
+    """What is a kernel of one of ours, or of torch on a GPU, counts as one."""
+    with ExitStack() as patches:
+        for name in variant.fused:
+            fused = counter.fused("fast weights", getattr(memory, name))
+            patches.enter_context(mock.patch.object(memory, name, fused))
+        patches.enter_context(mock.patch.object(F, "rms_norm", counter.fused("norms", F.rms_norm)))
+        yield
 
 
 def floor(costs: dict[str, Cost]) -> float:
@@ -224,6 +249,16 @@ def show(variant: Variant, forward: dict[str, Cost], backward: dict[str, Cost]) 
     print(f"\n{variant.name}")
     heading = ("operations", "GB", "TFLOP", "floor ms")
     measure.show(("", *heading, *(f"{name}, back" for name in heading)), rows)
+
+
+def show_token(costs: dict[str, Cost], weight_bytes: int) -> None:
+    total = Cost(*map(sum, zip(*costs.values())))
+    print("\na token awake")
+    heading = ("", "operations", "GB", "TFLOP", "floor ms")
+    measure.show(heading, [(name, *cells(cost)) for name, cost in sorted((costs | {"all": total}).items())])
+    floor_seconds = weight_bytes / BYTES_PER_SECOND
+    print(f"reading {weight_bytes / 1e9:.2f} GB of weights: {1e3 * floor_seconds:.3f} ms")
+    print(f"ratio of floors, token / weights: {total.seconds / floor_seconds:.3f}")
 
 
 def cells(cost: Cost) -> tuple[str, ...]:

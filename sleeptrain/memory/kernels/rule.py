@@ -43,7 +43,7 @@ def chunked_triton(
         contiguous[:5] = [None if x is None else in_segments(x, tiles.segments) for x in contiguous[:5]]
     with torch.cuda.device_of(v):
         if num_tokens == 1 and not is_kept:
-            return step(*contiguous, rule)  # type: ignore[arg-type]
+            return step(*contiguous, rule=rule)  # type: ignore[arg-type, misc]
         out, last_state = _TritonRule.apply(*contiguous, rule, tiles, is_kept)
     return None if out is None else out.view(v.shape), last_state
 
