@@ -377,3 +377,10 @@ def test_weights_in_bfloat16_multiply_as_autocast_does(tmp_path: Path) -> None:
     kept = {name: p.dtype for name, p in session.model.named_parameters()}
     assert kept["embed.weight"] == kept["stack.blocks.1.mixer.b_proj.weight"] == torch.float32
     assert kept["head.weight"] == kept["stack.blocks.1.mixer.q_proj.weight"] == torch.bfloat16
+
+
+def test_a_session_needs_no_graphs_of_training(tmp_path: Path) -> None:
+    """They would hold copies of all weights, and sums of their gradients."""
+    sleep = replace(TEXT.sleep, activation_checkpointing="pass")
+    config = replace(TEXT, sleep=sleep, run=replace(TEXT.run, cuda_graphs=True))
+    assert Session(saved(tmp_path / "run", config)).model.graphs is None

@@ -7,11 +7,13 @@ more it read. Asleep: the sleep at the end of a window against N - 1 forwards ov
 and blocks, in the same run. Memory: peak of a fresh process that reads so many tokens.
 
 The ratios are N = 8 over N = 1, the longest context over the shortest, sleep over its forwards. With --device
-cuda the model has 1.4 billion weights, in bfloat16, and a fourth ratio is that of a token to its floor: the
-time that reading all weights once takes at 4.3 TB/s (one H200).
+cuda the model has 1.4 billion weights, in bfloat16, its tokens are read by the decoder, one graph each, and a
+fourth ratio is that of a token to its floor: the time that reading all weights once takes at 4.3 TB/s (one
+H200).
 """
 
 import argparse
+import contextlib
 import sys
 import time
 from collections.abc import Callable
@@ -24,6 +26,8 @@ import torch
 
 from sleeptrain.config import ModelConfig, SleepConfig
 from sleeptrain.model import session
+from sleeptrain.model.decoder import Decoder
+from sleeptrain.model.ragged import Rows
 from sleeptrain.model.sleep import SleepModel
 
 VOCAB_SIZE = 257
@@ -46,6 +50,7 @@ class Setup:
     repeats: int = 1  # of four blocks
     device: str = "cpu"
     dtype: torch.dtype = torch.float32
+    has_decoder: bool = False  # not for the peer, whose window never ends
 
     def model(self, pattern: str = "attn gdn attn gdn", window_tokens: int | None = None) -> SleepModel:
         """``window_tokens`` 0: one window that never ends."""
@@ -69,8 +74,10 @@ class Setup:
             torch.cuda.synchronize()
 
 
-QUICK = Setup(*(32, 8, 16), num_passes=(1, 2), contexts=(1, 3), memory_tokens=(32, 64, 128))
-ON_CUDA = Setup(2048, 128, 512, num_heads=16, repeats=7, device="cuda", dtype=torch.bfloat16)
+QUICK = Setup(*(32, 8, 16), num_passes=(1, 2), contexts=(1, 3), memory_tokens=(32, 64, 128), has_decoder=True)
+ON_CUDA = Setup(
+    2048, 128, 512, num_heads=16, repeats=7, device="cuda", dtype=torch.bfloat16, has_decoder=True
+)
 
 
 def main() -> None:
@@ -135,7 +142,18 @@ def token_by_token(
         _, place[0] = session.read(model, before, ids[:, i : i + 1])
         setup.wait()
 
-    return read
+    if not setup.has_decoder or not model.sleep.window_tokens:
+        return read
+    decoder = Decoder(model, contextlib.nullcontext)
+    rows = Rows(start, torch.full((1,), half, device=setup.device))
+
+    def decode(i: int) -> None:
+        if i == 0:
+            decoder.enter(rows)
+        decoder.read(ids[:, i])
+        setup.wait()
+
+    return decode
 
 
 def report_awake(setup: Setup, rounds: int, judged: bool) -> None:
