@@ -56,9 +56,7 @@ class Session:
     norm, or, where halting is learned, once the chance of having halted reaches ``halt_threshold`` (None:
     0.5).
 
-    What is written is read token by token, with ``cuda_graphs`` (None: on a CUDA device) as one graph, which
-    takes seconds to record. ``on_sleep`` hears of every sleep. Raises ConfigError or RunError where there is
-    no usable checkpoint.
+    ``on_sleep`` hears of every sleep. Raises ConfigError or RunError where there is no usable checkpoint.
     """
 
     def __init__(
@@ -70,7 +68,6 @@ class Session:
         tolerance: float = 0.0,
         halt_threshold: float | None = None,
         on_sleep: Callable[[Sleep], None] = lambda sleep: None,
-        cuda_graphs: bool | None = None,
     ) -> None:
         found = restore(Path(checkpoint), device)
         self.config, self.model, self.device = found.config, found.backend.model, found.backend.device
@@ -89,14 +86,14 @@ class Session:
         if (dtype := compute_dtype(found.config, self.device)) != self.model.dtype:
             cast_linear_maps(self.model, dtype)
         self._identity = _identity(found.config.run.id, found.checkpoint.step, to_dict(found.config))
-        graphs = self.device.type == "cuda" if cuda_graphs is None else cuda_graphs
-        self._decoder = self._make_decoder() if graphs and found.config.sleep.window_tokens else None
+        self._decoder = self._make_decoder()
         self._resting = ragged.begin(self.model, num_sequences)
         self._read = torch.zeros(num_sequences, dtype=torch.long, device=self.device)
         self._next = torch.zeros(num_sequences, self.model.head.out_features, device=self.device)
 
-    def _make_decoder(self) -> Decoder:
-        return Decoder(self.model, self._autocast)
+    def _make_decoder(self) -> Decoder | None:
+        """What reads the tokens that it writes itself; none for a window that never ends."""
+        return Decoder(self.model, self._autocast) if self.model.sleep.window_tokens else None
 
     @property
     def _rows(self) -> ragged.Rows:
@@ -126,7 +123,7 @@ class Session:
         goes on by itself. The weights are shared."""
         other, index = copy.copy(self), torch.tensor(rows, dtype=torch.long, device=self.device)
         other._resting = ragged.take(self._rows, index)
-        other._decoder = None if self._decoder is None else self._make_decoder()
+        other._decoder = self._make_decoder()
         other._read, other._next = self._read[index], self._next[index]
         return other
 
