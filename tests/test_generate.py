@@ -387,3 +387,15 @@ def test_a_session_needs_no_graphs_of_training(tmp_path: Path) -> None:
     sleep = replace(TEXT.sleep, activation_checkpointing="pass")
     config = replace(TEXT, sleep=sleep, run=replace(TEXT.run, cuda_graphs=True))
     assert Session(saved(tmp_path / "run", config)).model.graphs is None
+
+
+def test_a_window_that_never_ends(tmp_path: Path) -> None:
+    sleep = SleepConfig(window_tokens=0, num_passes=1)
+    folder = saved(tmp_path / "run", replace(TEXT, sleep=sleep, model=replace(SMALL, pattern="attn attn")))
+    session, alike = Session(folder), Session(folder)
+    for each in (session, alike):
+        each.read(PROMPT)
+    ids = torch.stack(list(session.generate(5)), dim=1)
+    logits = alike.feed(ids)
+    assert logits[:, :-1].argmax(-1).tolist() == ids[:, 1:].tolist()
+    torch.testing.assert_close(logits[:, -1], session.next_logits, rtol=1e-5, atol=1e-5)
