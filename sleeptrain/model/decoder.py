@@ -9,6 +9,7 @@ without a graph, which is how the tests see it.
 Shape letters: B batch, D model width, L window tokens, V vocabulary.
 """
 
+import math
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from typing import NamedTuple
@@ -26,10 +27,11 @@ from sleeptrain.model.state import BlockState, KVCache, RingToken, State, map_te
 
 
 class Slots(NamedTuple):
-    """What stands in the places of all rings of a width, ``[B, width]``: which tokens, and whether any."""
+    """What stands in the places of all rings of a width, ``[B, width]``: which tokens, and 0 where one does,
+    else -inf, as attention adds it."""
 
     positions: Tensor
-    valid: Tensor
+    mask: Tensor
 
 
 class Places(NamedTuple):
@@ -127,7 +129,8 @@ class Decoder:
             assert isinstance(layer.mixer, Attention)
             width = spec.width_tokens or self.window_tokens
             cache = block.caches[0].compact(width)
-            slots[width] = Slots(cache.positions, cache.valid)
+            mask = torch.zeros_like(cache.valid, dtype=cache.keys.dtype)
+            slots[width] = Slots(cache.positions, mask.masked_fill(~cache.valid, -math.inf))
             state.append(BlockState(ring=layer.mixer.ring(cache, self.model.dtype)))
         return Places(
             rows.filled,
@@ -148,8 +151,8 @@ class Decoder:
             for width, slots in zip(self._widths, places.slots):
                 place = places.number % width
                 slots.positions.index_copy_(1, place, start)
-                slots.valid.index_fill_(1, place, True)
-                rings[width] = RingToken(place, slots.valid[:, None, None])
+                slots.mask.index_fill_(1, place, 0.0)
+                rings[width] = RingToken(place, slots.mask[:, None, None])
             session = Session(places.state, places.state, places.hidden[:, :0])
             with self.autocast():
                 h, session = read_on(self.model, session, ids, start=start, rings=rings)
@@ -168,7 +171,8 @@ def _cache(block: BlockState, by_width: dict[int, Slots], number: int) -> tuple[
         return ()
     keys, _, values = block.ring
     width = keys.shape[1]
-    parts = (keys, values, *by_width[width])
+    positions, mask = by_width[width]
+    parts = (keys, values, positions, mask == 0)
     ordered = KVCache(*(part.roll(-(number % width), 1) for part in parts))
     return (without_pads(ordered.newest(width - 1)),)
 

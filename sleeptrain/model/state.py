@@ -69,8 +69,8 @@ class Ring(NamedTuple):
 
 
 class RingToken(NamedTuple):
-    """Of the one token that is read into rings of a width: its ``place`` ``[1]``, and where it may look,
-    ``[B, 1, 1, width]``."""
+    """Of the one token that is read into rings of a width: its ``place`` ``[1]``, and ``[B, 1, 1, width]`` 0
+    where it may look, else -inf."""
 
     place: Tensor
     mask: Tensor
