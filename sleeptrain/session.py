@@ -34,6 +34,7 @@ from sleeptrain.model.layers import cast_linear_maps
 from sleeptrain.model.visits import require_passes
 from sleeptrain.parallel.backend import autocast, compute_dtype
 from sleeptrain.schema import ConfigError, RunError, to_dict
+from sleeptrain.tasks.text_decoder import BROKEN, TextDecoder
 from sleeptrain.tasks.tokenizer import Tokenizer, make_tokenizer
 
 FORMAT = "sleeptrain memory 1"
@@ -224,13 +225,10 @@ class Session:
     ) -> Iterator[str]:
         """The same in pieces that are whole letters. Raises ConfigError where there is no tokenizer."""
         tokenizer = self.require_tokenizer("use generate, which gives ids")
-        written: list[int] = []
-        told = ""
+        decoder = TextDecoder(tokenizer)
         for ids in self.generate(max_tokens, temperature, top_p, seed):
-            written.append(int(ids[0]))
-            whole = tokenizer.decode(written).decode(errors="replace").rstrip("\ufffd")
-            yield whole[len(told) :]
-            told = whole
+            yield decoder.feed([int(ids[0])])
+        yield decoder.rest().rstrip(BROKEN)
 
     def save(self, path: str | Path) -> None:
         """Writes what it remembers to a file, whole or not at all. Raises OSError."""

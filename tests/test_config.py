@@ -71,6 +71,20 @@ def nested(flat: dict[str, Any]) -> dict[str, Any]:
         ({"sleep.min_passes": 3}, ["sleep.min_passes=3", "2"]),
         ({"sleep.min_passes": 0}, ["sleep.min_passes=0"]),
         ({"sleep.backprop_passes": -1}, ["sleep.backprop_passes=-1"]),
+        *(
+            (
+                {"model.memory_backend": backend},
+                [
+                    "run.deterministic=true",
+                    f"model.memory_backend={backend} {why};",
+                    "set model.memory_backend=auto or triton, or run.deterministic=false",
+                ],
+            )
+            for backend, why in (
+                ("fla", "chooses its tiles by timing them"),
+                ("flash_qla", "does not say that it does"),
+            )
+        ),
         ({"run.cuda_graphs": True}, ["run.cuda_graphs=true", "sleep.activation_checkpointing=none", "both"]),
         *(
             (
@@ -261,3 +275,12 @@ def test_settings_import_no_torch() -> None:
 def test_a_window_that_divides_the_strings_leaves_the_answers_a_window(length: int) -> None:
     config = from_dict(Config, {"sleep": {"window_tokens": length}})
     assert config.task.context_tokens == 24  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize("backend", ["fla", "flash_qla"])
+@pytest.mark.parametrize(
+    "settings", [{"run.deterministic": False}, {"model.pattern": "attn", "sleep.num_passes": 1}]
+)
+def test_kernels_of_others_are_for_runs_that_need_not_repeat(backend: str, settings: dict[str, Any]) -> None:
+    """Nor are they refused where none would run."""
+    from_dict(Config, nested({"model.memory_backend": backend, "eval.num_passes": [], **settings}))

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from tokenizers import Tokenizer, decoders, models
 
 import sleeptrain
 from sleeptrain.checkpoint.saver import Saver
@@ -21,6 +22,7 @@ from sleeptrain.parallel.backend import LocalBackend
 from sleeptrain.schema import ConfigError, RunError, to_dict
 from sleeptrain.session import Session, Sleep, choose
 from sleeptrain.tasks import make_task
+from sleeptrain.tasks.tokenizer import make_tokenizer
 
 WINDOW, VOCAB = 8, 257
 SMALL = ModelConfig(
@@ -209,6 +211,30 @@ def test_a_letter_of_several_bytes_is_written_whole(run: Path, monkeypatch: pyte
     ids = [torch.tensor([i]) for i in "zß€".encode()]
     monkeypatch.setattr(session, "generate", lambda *_: iter(ids))
     assert [piece for piece in session.stream(6) if piece] == ["z", "ß", "€"]
+
+
+def test_bytes_that_are_no_letter_are_written_where_others_follow(
+    run: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    session = Session(run)
+    ids = [torch.tensor([i]) for i in b"a\xe2\x82b\xe2\xe2"]
+    monkeypatch.setattr(session, "generate", lambda *_: iter(ids))
+    assert [piece for piece in session.stream(6) if piece] == ["a", "\ufffdb"]
+
+
+def test_bytes_without_a_token_are_written_in_the_end(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What follows might make them wrong, and nothing follows."""
+    vocab = {f"<0x{byte:02X}>": byte for byte in range(256)} | {"a": 256}
+    made = Tokenizer(models.BPE(vocab, [], byte_fallback=True))
+    made.decoder = decoders.ByteFallback()
+    made.save(str(tmp_path / "tokenizer.json"))
+    session = Session(run)
+    session.tokenizer = make_tokenizer(str(tmp_path))
+    ids = [torch.tensor([i]) for i in [256, *"€ß".encode()]]
+    monkeypatch.setattr(session, "generate", lambda *_: iter(ids))
+    assert [piece for piece in session.stream(6) if piece] == ["a", "€ß"]
 
 
 def test_it_ends_with_the_end_of_the_document(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -61,7 +61,7 @@ class ModelConfig:
     memory_backend: Literal["auto", "chunked", "recurrent", "triton", "fla", "flash_qla"] = setting(
         "auto",
         "what runs the rule; auto: Triton kernels on CUDA where they can run, else chunked torch; fla and "
-        "flash_qla: the kernels of others, where they are installed (docs/performance.md)",
+        "flash_qla: the kernels of others, with run.deterministic=false (docs/performance.md)",
     )
     negative_eigenvalues: bool = setting(False, "write strength 2 sigmoid instead of sigmoid")
     conv_width: int = setting(4, "taps of the short causal convolution")

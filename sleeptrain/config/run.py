@@ -99,11 +99,26 @@ class Config:
             raise ConfigError("sleep.learned_initial_state=true needs a gdn or jet block in model.pattern")
         if self.sleep.carry_between_batches:
             self._check_carry()
+        if self.run.deterministic and any(block.is_fast_weight for block in self.model.blocks):
+            self._check_kernels_repeat()
         if self.run.cuda_graphs:
             self._check_graphs()
         if self.data.producer == "ray":
             self._check_producer_has_ray()
         self._check_workers()
+
+    def _check_kernels_repeat(self) -> None:
+        """Those of others may compute other bits in the next run."""
+        backend = self.model.memory_backend
+        why = {"fla": "chooses its tiles by timing them", "flash_qla": "does not say that it does"}.get(
+            backend
+        )
+        if why:
+            raise ConfigError(
+                "run.deterministic=true means that a run repeats bit for bit, and "
+                f"model.memory_backend={backend} {why}; set model.memory_backend=auto or triton, or "
+                "run.deterministic=false"
+            )
 
     def _check_graphs(self) -> None:
         """A graph keeps no activations, and its tensors stay where they are."""

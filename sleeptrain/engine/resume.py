@@ -12,6 +12,7 @@ from sleeptrain.checkpoint.manifest import FILE, differences
 from sleeptrain.checkpoint.reader import Checkpoint
 from sleeptrain.config import Config
 from sleeptrain.data.index import require_plain_url
+from sleeptrain.memory.peers import PACKAGES
 from sleeptrain.parallel.layout import logical_shapes
 from sleeptrain.parallel.place import Place
 from sleeptrain.schema import ConfigError, from_dict, to_dict
@@ -41,7 +42,7 @@ FREE_SETTINGS = (
 )
 ORIGIN = "origin"
 FREE_SECTIONS = ("log.", "checkpoint.", "eval.", "parallel.", "cluster.")
-COMPUTING_PACKAGES = ("torch", "triton")
+COMPUTING_PACKAGES = ("torch", "triton", *(package.partition("==")[0] for package in PACKAGES.values()))
 
 
 def versions() -> dict[str, str]:

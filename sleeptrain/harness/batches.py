@@ -10,6 +10,8 @@ from torch.nn.utils.rnn import pad_sequence
 
 from sleeptrain.model.sizes import tokens_at_once
 from sleeptrain.session import Session, choose
+from sleeptrain.tasks.text_decoder import TextDecoder
+from sleeptrain.tasks.tokenizer import Tokenizer
 
 Ids = list[int]
 
@@ -86,31 +88,42 @@ def write(session: Session, how: Writing, generator: torch.Generator) -> list[st
     """What each sequence writes, until it ends its document, a text of ``until`` comes (which is cut off), or
     there are enough tokens. Raises ConfigError where there is no tokenizer."""
     tokenizer = session.require_tokenizer()
-    written: list[Ids] = [[] for _ in session.next_logits]
-    texts = [""] * len(written)
-    going = list(range(len(written)))  # the rows of the session that are left, by their number at first
-    for _ in range(how.max_tokens):
+    texts = [_Text(tokenizer, how.until) for _ in session.next_logits]
+    going = texts  # those of the rows that are left in the session
+    for count in range(1, how.max_tokens + 1):
         ids = choose(session.next_logits, how.temperature, how.top_p, generator)
-        for number, i in zip(going, ids.tolist()):
-            written[number].append(i)
-            texts[number] = tokenizer.decode(written[number]).decode(errors="replace")
-        left = [
-            row
-            for row, number in enumerate(going)
-            if len(written[number]) < how.max_tokens
-            and written[number][-1] != tokenizer.end_id
-            and not any(stop in texts[number] for stop in how.until)
-        ]
-        if not left:
+        goes_on = [text.add(i) for text, i in zip(going, ids.tolist())]
+        left = [row for row, on in enumerate(goes_on) if on]
+        if not left or count == how.max_tokens:
             break
         if len(left) < len(going):
             session, ids, going = session.fork(left), ids[left], [going[row] for row in left]
         session.read(ids[:, None])
-    return [_cut(text, how.until) for text in texts]
+    return [text.cut() for text in texts]
 
 
-def _cut(text: str, until: Sequence[str]) -> str:
-    return text[: min((text.find(stop) for stop in until if stop in text), default=len(text))]
+class _Text:
+    """What one sequence writes."""
+
+    def __init__(self, tokenizer: Tokenizer, until: tuple[str, ...]) -> None:
+        self._decoder, self._end_id, self._until = TextDecoder(tokenizer), tokenizer.end_id, until
+        self._told: list[str] = []
+        self._last = ""  # letters, as many as a text of ``until`` may begin with
+
+    def add(self, i: int) -> bool:
+        """Whether it goes on after this id."""
+        self._told.append(self._decoder.feed([i]))
+        seen = self._last + self._told[-1]
+        self._last = seen[-max(map(len, self._until), default=1) :]
+        if i == self._end_id:
+            return False
+        now = seen + self._decoder.rest() if self._until else ""
+        return not any(stop in now for stop in self._until)
+
+    def cut(self) -> str:
+        """Up to the first text of ``until``, if there is one."""
+        text = "".join(self._told) + self._decoder.rest()
+        return text[: min((text.find(stop) for stop in self._until if stop in text), default=len(text))]
 
 
 def _pieces(session: Session, rows: Sequence[Ids]) -> Iterator[list[Ids]]:

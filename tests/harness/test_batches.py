@@ -103,3 +103,29 @@ def test_writing_ends_with_the_document(run: Path) -> None:
     assert write(session, Writing(5), torch.Generator()) == [""]
     session._next = torch.nn.functional.one_hot(torch.tensor([97]), 257).float()
     assert write(session, Writing(5), torch.Generator()) == ["a\0\0\0\0"]
+
+
+SAID = b"the end \xe2\x82\xac of e\xe2n"
+
+
+@pytest.mark.parametrize(
+    ("until", "written", "num_drawn"),
+    [
+        (("nd",), "the e", 7),
+        (("z", "€ o"), "the end ", 13),
+        (("e\ufffdn",), "the end € of ", 18),
+        (("\ufffd",), "the end ", 9),
+        (("\n",), SAID.decode(errors="replace"), 18),
+        ((), SAID.decode(errors="replace"), 18),
+        (("",), "", 1),
+    ],
+)
+def test_writing_ends_as_soon_as_a_text_has_come(
+    run: Path, until: tuple[str, ...], written: str, num_drawn: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ids = iter(SAID)
+    monkeypatch.setattr(batches, "choose", lambda *_: torch.tensor([next(ids)]))
+    session = Session(run)
+    session.read("a")
+    assert write(session, Writing(len(SAID), until), torch.Generator()) == [written]
+    assert len(SAID) - len(list(ids)) == num_drawn
