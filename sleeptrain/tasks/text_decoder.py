@@ -13,7 +13,8 @@ class TextDecoder:
     makes of all ids at once, however these are split.
 
     Of what came before, only the last ids are decoded again, so that what follows is no first word, which may
-    lose its space, and completes a letter that they begin. The work grows as the text does.
+    lose its space, and completes a letter that they begin. The work grows as the text does. (``DecodeStream``
+    of the tokenizers library raises, or tells letters that do not stay, where bytes in a row are no letter.)
     """
 
     def __init__(self, tokenizer: Tokenizer) -> None:
