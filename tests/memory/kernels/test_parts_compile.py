@@ -1,5 +1,5 @@
-"""The kernels around the rule compile for Hopper, with the tiles that their functions choose, on a machine
-without a GPU; as test_kernels_compile.py does for the rule's."""
+"""The kernels around the rule, and that of one token, compile for Hopper, with the tiles that their functions
+choose, on a machine without a GPU; as test_kernels_compile.py does for the others of the rule."""
 
 import json
 import sys
@@ -19,8 +19,9 @@ LABELS = [
     *(f"input_gradient {form}" for form in ("static", "per token", "one token")),
     *(f"{kernel} {size}" for kernel in ("gated_norm", "gated_norm_gradient") for size in (64, 128, 256)),
     *(f"{kernel} {form}" for kernel in ("gates", "gates_gradient") for form in ("many tokens", "one token")),
+    *(f"step {size}" for size in (64, 128, 256)),
 ]
-INTEGERS = dict.fromkeys(("T", "C", "WIDTH", "N", "H"), "i32")
+INTEGERS = dict.fromkeys(("T", "C", "WIDTH", "N", "H", "Hk", "Hv"), "i32")
 TYPES = INTEGERS | {"length": "fp32", "eps": "fp32", "valid": "*i1", "d_y": "*fp32", "weight": "*fp32"}
 
 
@@ -36,7 +37,7 @@ def test_fits_a_multiprocessor(label: str, compiled: dict[str, dict[str, int]]) 
 
 
 def compile_all() -> dict[str, dict[str, int]]:
-    return compile_convolutions() | compile_norms() | compile_gates()
+    return compile_convolutions() | compile_norms() | compile_gates() | compile_steps()
 
 
 def compile_convolutions() -> dict[str, dict[str, int]]:
@@ -92,6 +93,18 @@ def compile_gates() -> dict[str, dict[str, int]]:
         tile = {"SCALE": 1.0, "HEADS": 16, "ROWS": ELEMENTS // 16} | of_form
         for name, kernel in (("gates", gates_kernel), ("gates_gradient", gates_gradient_kernel)):
             results[f"{name} {form}"] = compile_one(kernel, tile, {}, TYPES, "*fp32")
+    return results
+
+
+def compile_steps() -> dict[str, dict[str, int]]:
+    from sleeptrain.memory.kernels.step import STEP_VALUES, STEP_WARPS, step_kernel
+
+    types = TYPES | dict.fromkeys(("log_decay", "beta", "state", "last_state"), "*fp32")
+    results = {}
+    for size in (64, 128, 256):
+        tile = {"K": size, "V": size, "KEYS": size, "VALUES": STEP_VALUES}
+        tile |= {"DECAYS": True, "ERASES": True, "READS": True}
+        results[f"step {size}"] = compile_one(step_kernel, tile, {"num_warps": STEP_WARPS}, types, "*bf16")
     return results
 
 
