@@ -4,7 +4,7 @@ To read a token eagerly is a few thousand short kernels for a large model, and s
 they do. A graph needs tensors whose shape and place stay, so here every open window has as many places as it
 will ever fill, pads before what is real; and nothing that was read is moved for the next token's sake: keys
 and values lie in rings, where the newest overwrites a pad, or the oldest. On a CPU the same work is done
-without a graph, which is how the tests see it.
+without a graph.
 
 Shape letters: B batch, D model width, L window tokens, V vocabulary.
 """
@@ -83,8 +83,8 @@ class Decoder:
 
     @torch.no_grad()
     def enter(self, rows: Rows) -> None:
-        """Takes rows into the places; the first time, and where their number changes, a graph is recorded,
-        which takes seconds."""
+        """Takes rows into the places; the first time, and where their number changes, a step is recorded,
+        which on a GPU takes seconds."""
         entering = self.places_of(rows)
         if self._recording is None or _forms(self._recording.places) != _forms(entering):
             self._recording = self.record(entering)
