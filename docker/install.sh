@@ -9,7 +9,7 @@ case $variant in
   cpu) index=(--extra-index-url "${CPU_INDEX-https://download.pytorch.org/whl/cpu}") ;;
   *) echo "error: the variant is cuda or cpu, and not '$variant'" >&2; exit 2 ;;
 esac
-[[ ${index[1]:-x} ]] || index=() # CPU_INDEX= : pip's own settings know where torch for CPUs is
+[[ ${index[1]-x} ]] || index=() # CPU_INDEX= : pip's own settings know where torch for CPUs is
 
 "${PYTHON:-python3}" -m venv "$venv"
 "$venv/bin/python" - "$pyproject" > "$venv/requirements.txt" << 'READ'

@@ -155,6 +155,8 @@ def claim(folder: Path) -> Any:
 def make_trainer(config: Config, folder: Path, settings: dict[str, str], use_gpu: bool) -> Trainer:
     """One worker per process of the run; all are started again when one fails."""
     cluster, most = config.cluster, config.cluster.workers(config.parallel)
+    if cluster.min_workers:  # a node that has just gone still counts for Ray Train, which would wait a minute
+        os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", "10")
     return Trainer(
         ray_worker.supervise,
         train_loop_config=settings,

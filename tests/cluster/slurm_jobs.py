@@ -14,7 +14,8 @@ from sleeptrain.engine.metrics import FILE_NAME
 
 ROOT = Path(__file__).resolve().parents[2]
 SIZES = ("--nodes=2", "--ntasks-per-node=2", "--cpus-per-task=1", "--gpus-per-node=0", "--time=30")
-RUN = (*TINY, "experiment=quickstart", "run.device=cpu", "run.num_threads=1", "optim.num_steps=60")
+FEW = ("model.pattern=attn gdn", "optim.num_steps=60", "eval.every_steps=20")  # for four on two cores
+RUN = (*TINY, "experiment=quickstart", "run.device=cpu", "run.num_threads=1", *FEW)
 
 needs_slurm = pytest.mark.skipif(
     bool(slurm_daemons.missing()), reason=f"not installed: {', '.join(slurm_daemons.missing())}"

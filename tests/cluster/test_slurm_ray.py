@@ -18,7 +18,7 @@ def test_ray_over_the_nodes_of_a_job(tmp_path: Path, start: str) -> None:
     sizes = ("--nodes=1", "--ntasks-per-node=1", "--cpus-per-task=2", "--gpus-per-node=0", "--time=30")
     environment = f"--export=ALL,PYTHON={sys.executable},OMP_NUM_THREADS=1,RAY_START={start}"
     few = ("optim.num_steps=9", "cluster.num_workers=2")
-    with take_turn(alone=True), Slurm() as slurm:
+    with take_turn(alone=start == "symmetric"), Slurm() as slurm:
         job = slurm.submit(
             ROOT, *sizes, f"--output={folder}.log", environment, script, f"run.dir={folder}", *RUN, *few
         )

@@ -45,7 +45,7 @@ SETTINGS = (
     *("optim.muon_lr=1e-4", "optim.adamw_lr=1e-4"),  # thousands of steps at a rate for hundreds would diverge
 )
 BAR_POINTS, BAR_COMPUTED, BAR_PART_SECONDS = 2.0, 95.0, 5.0
-CALIBRATION_STEPS, CALIBRATION_SAVE_EVERY = 150, 10
+STEPS_BETWEEN_KILLS, CALIBRATION_SAVE_EVERY = 40, 10  # of the short run
 
 
 class Recovery(NamedTuple):
@@ -89,7 +89,7 @@ def main() -> None:
         settings += ["model.d_model=32", "data.batch_sequences=4"]
     with tempfile.TemporaryDirectory() as name:
         found = calibrate(Path(name) / "short", settings, 1 if options.quick else 3)
-        mtbf = (2 if options.quick else RESTARTS_BETWEEN_KILLS) * found.away
+        mtbf = (1 if options.quick else RESTARTS_BETWEEN_KILLS) * found.away
         every = max(1, round(math.sqrt(2 * found.stall * mtbf) / found.step))
         schedule = kill_times(mtbf, options.kills, options.seed)
         share = goodput(Faults(found.stall, 0.0, found.away, mtbf), every * found.step)
@@ -123,10 +123,10 @@ def arguments() -> argparse.Namespace:
 
 def calibrate(folder: Path, settings: list[str], num_kills: int) -> Soak:
     """A short run, killed each time it has made some steps."""
-    short = [*settings, f"optim.num_steps={CALIBRATION_STEPS}"]
+    short = [*settings, f"optim.num_steps={(num_kills + 1) * STEPS_BETWEEN_KILLS}"]
     run = Run(folder, [*short, f"checkpoint.every_steps={CALIBRATION_SAVE_EVERY}"], num_kills)
     for number in range(num_kills):
-        run.await_step((number + 1) * CALIBRATION_STEPS // (num_kills + 1))
+        run.await_step((number + 1) * STEPS_BETWEEN_KILLS)
         run.kill(number % NUM_RANKS)
     return run.finish()
 

@@ -48,7 +48,7 @@ LONG_PARTS: list[Part] = [
     Convolution(num_tokens=70, head_dim=80, per_token=True, dtype=torch.float32, **PADDED),
     *(Convolution(num_tokens=35, head_dim=d, length=0.1, dtype=torch.float16) for d in (64, 96, 128, 256)),
     Gates(num_tokens=257, num_heads=32, has_pads=True, extreme=True),
-    GatedNorm(num_tokens=300, num_heads=2, value_dim=384, dtype=torch.float32),
+    GatedNorm(num_tokens=75, num_heads=2, value_dim=384, dtype=torch.float32),
 ]
 BLOCKS: dict[str, type[FastWeight]] = {"gdn": GDN, "jet": Jet}
 SLOW_DECAYS, MIXED = "slow decays", "mixed types"
