@@ -15,9 +15,7 @@ import sleeptrain
 from sleeptrain.checkpoint.saver import Saver
 from sleeptrain.config import Config, ModelConfig, Rule110Config, RunConfig, SleepConfig, TextConfig
 from sleeptrain.data.batch import make_batch
-from sleeptrain.engine.restored import restore
 from sleeptrain.generate import main
-from sleeptrain.model import session as sessions
 from sleeptrain.parallel.backend import LocalBackend
 from sleeptrain.schema import ConfigError, RunError, to_dict
 from sleeptrain.session import Session, Sleep, choose
@@ -362,66 +360,3 @@ def test_what_the_command_refuses(
 def test_a_wrong_temperature_is_refused(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main([f"checkpoint={run}", "prompt=a", "temperature=-1"]) == 2
     assert "temperature=-1.0 must be at least 0" in capsys.readouterr().err
-
-
-@pytest.mark.parametrize("eviction", ["hard", "sliding"])
-def test_what_a_decoder_reads_is_what_any_session_reads(tmp_path: Path, eviction: str) -> None:
-    """It reads what a session writes. A memory saved, a fork made or another memory loaded meanwhile is as if
-    there were none."""
-    folder = saved(tmp_path / "run", replace(TEXT, sleep=replace(TEXT.sleep, eviction=eviction)))
-    plain, decoded = (Session(folder, num_sequences=2) for _ in range(2))
-    for session in (plain, decoded):
-        session.read([PROMPT, PROMPT[:9]])
-        session.save(tmp_path / "before")
-    generator, expected = torch.Generator().manual_seed(4), []
-    for _ in range(40):
-        expected.append(choose(plain.next_logits, 1.0, 1.0, generator))
-        plain.read(expected[-1][:, None])
-    for number, ids in enumerate(decoded.generate(40, temperature=1.0, seed=4)):
-        assert torch.equal(ids, expected[number])
-        if number == 19:
-            decoded.save(tmp_path / "amid")
-            fork = decoded.fork([1, 0, 1])
-    assert decoded.num_tokens == plain.num_tokens
-    torch.testing.assert_close(decoded.next_logits, plain.next_logits, rtol=1e-5, atol=1e-5)
-    following = torch.stack(expected[20:], dim=1)
-    for session, rows in ((fork, [1, 0, 1]), (decoded.load(tmp_path / "amid"), [0, 1])):
-        logits = session.feed(following[rows])
-        torch.testing.assert_close(logits[:, -1], plain.next_logits[rows], rtol=1e-5, atol=1e-5)
-    next(decoded.generate(1))
-    decoded.load(tmp_path / "before")
-    for ids, again in zip(expected, decoded.generate(9, temperature=1.0, seed=4)):
-        assert torch.equal(ids, again)
-
-
-def test_weights_in_bfloat16_multiply_as_autocast_does(tmp_path: Path) -> None:
-    """A session keeps those of linear maps in the type that multiplies, a tied head's too."""
-    model, run = replace(SMALL, tie_embeddings=True), replace(TEXT.run, precision="bfloat16")
-    folder = saved(tmp_path / "run", replace(TEXT, model=model, run=run))
-    session, backend = Session(folder), restore(folder).backend
-    ids = torch.tensor([list(PROMPT.encode())])
-    with backend.autocast():
-        expected, _ = sessions.feed(backend.model, sessions.begin(backend.model, 1), ids, 3)
-    assert torch.equal(session.feed(ids), expected)
-    kept = {name: p.dtype for name, p in session.model.named_parameters()}
-    assert kept["embed.weight"] == kept["stack.blocks.1.mixer.b_proj.weight"] == torch.float32
-    assert kept["head.weight"] == kept["stack.blocks.1.mixer.q_proj.weight"] == torch.bfloat16
-
-
-def test_a_session_needs_no_graphs_of_training(tmp_path: Path) -> None:
-    """They would hold copies of all weights, and sums of their gradients."""
-    sleep = replace(TEXT.sleep, activation_checkpointing="pass")
-    config = replace(TEXT, sleep=sleep, run=replace(TEXT.run, cuda_graphs=True))
-    assert Session(saved(tmp_path / "run", config)).model.graphs is None
-
-
-def test_a_window_that_never_ends(tmp_path: Path) -> None:
-    sleep = SleepConfig(window_tokens=0, num_passes=1)
-    folder = saved(tmp_path / "run", replace(TEXT, sleep=sleep, model=replace(SMALL, pattern="attn attn")))
-    session, alike = Session(folder), Session(folder)
-    for each in (session, alike):
-        each.read(PROMPT)
-    ids = torch.stack(list(session.generate(5)), dim=1)
-    logits = alike.feed(ids)
-    assert logits[:, :-1].argmax(-1).tolist() == ids[:, 1:].tolist()
-    torch.testing.assert_close(logits[:, -1], session.next_logits, rtol=1e-5, atol=1e-5)

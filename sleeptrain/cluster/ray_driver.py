@@ -36,6 +36,7 @@ from sleeptrain.cluster.ray_rendezvous import Rendezvous
 
 NAMESPACE = "sleeptrain"
 POLL_SECONDS = 1.0
+ELASTIC_START_SECONDS = 10  # for processes to find their places: Ray Train counts a node that has just gone
 PREVIOUS_SECONDS = 60.0  # for what is left of a driver that was killed to end
 
 
@@ -155,8 +156,8 @@ def claim(folder: Path) -> Any:
 def make_trainer(config: Config, folder: Path, settings: dict[str, str], use_gpu: bool) -> Trainer:
     """One worker per process of the run; all are started again when one fails."""
     cluster, most = config.cluster, config.cluster.workers(config.parallel)
-    if cluster.min_workers:  # a node that has just gone still counts for Ray Train, which would wait a minute
-        os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", "10")
+    if cluster.min_workers:
+        os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", str(ELASTIC_START_SECONDS))
     return Trainer(
         ray_worker.supervise,
         train_loop_config=settings,

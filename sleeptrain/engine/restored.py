@@ -29,12 +29,12 @@ def find(path: Path) -> Checkpoint:
 
 
 def settings_of(found: Checkpoint, device: str, task_changes: dict[str, Any] | None = None) -> Config:
-    """Those of the run, on a device, perhaps with another task or other settings of it; without the graphs of
-    training, which hold copies of the weights and sums of their gradients."""
+    """Those of the run, on a device, perhaps with another task or other settings of it; without what is for
+    training alone, such as graphs, which hold copies of the weights and sums of their gradients."""
     saved, changes = found.documents["config"], task_changes or {}
     same_task = changes.get("name", saved["task"]["name"]) == saved["task"]["name"]
     task = (saved["task"] if same_task else {}) | changes
-    run = saved["run"] | {"device": device, "cuda_graphs": False}
+    run = saved["run"] | {"device": device, "cuda_graphs": False, "deterministic": False}
     return from_dict(Config, saved | {"task": task, "run": run})
 
 

@@ -42,14 +42,14 @@ FREE_SETTINGS = (
 )
 ORIGIN = "origin"
 FREE_SECTIONS = ("log.", "checkpoint.", "eval.", "parallel.", "cluster.")
-COMPUTING_PACKAGES = ("torch", "triton", *(package.partition("==")[0] for package in PACKAGES.values()))
+KERNELS_OF_OTHERS = {backend: package.partition("==")[0] for backend, package in PACKAGES.items()}
 
 
 def versions() -> dict[str, str]:
     """Of what computes, for the checkpoint. Without the build, as in ``+cpu``: it goes with the device, which
     may change."""
     found = {}
-    for name in ("sleeptrain", *COMPUTING_PACKAGES):
+    for name in ("sleeptrain", "torch", "triton", *KERNELS_OF_OTHERS.values()):
         with suppress(metadata.PackageNotFoundError):
             found[name] = metadata.version(name).partition("+")[0]
     return found
@@ -152,7 +152,9 @@ def _drift(found: Checkpoint, documents: dict[str, Any]) -> list[str]:
     for name in documents.keys() & saved.keys():
         changed = differences(saved[name], documents[name])
         lines += [line for line in changed if name == "data" or not is_free(line.split(":")[0])]
-    return sorted(lines) + _versions_changed(found, documents, COMPUTING_PACKAGES)
+    backend = documents["config"]["model"]["memory_backend"]
+    own = [KERNELS_OF_OTHERS[backend]] if backend in KERNELS_OF_OTHERS else []
+    return sorted(lines) + _versions_changed(found, documents, ("torch", "triton", *own))
 
 
 def _with_later_settings(saved: dict[str, Any]) -> dict[str, Any]:

@@ -44,10 +44,8 @@ class Attention(UsesPointwise):
         """Returns the mixed tokens (None where nobody reads them) and, where it is kept, the cache as the
         next tokens will see it."""
         keys, values = self._keys(x_BTD), self._heads(self.v_proj(x_BTD))
-        if state.ring is not None and tokens.rings is not None:
-            token = tokens.rings[self._band(tokens)]
-            state.ring.write(token.place, keys, self.pointwise.rotate(keys, tokens.rotary), values)
-            return self._mixed(x_BTD, state.ring.rotated, state.ring.values, token.mask, tokens), state
+        if state.ring is not None:
+            return self._read_ring(x_BTD, keys, values, state.ring, tokens), state
         own, cache = _cache(keys, values, tokens), state.cache
         seen = own if cache is None else cache.followed_by(own)
         survivors = BlockState(caches=(seen.newest(self._band(tokens) - 1),) if tokens.keeps_cache else ())
@@ -63,6 +61,13 @@ class Attention(UsesPointwise):
         """What the decoder's tokens look at and write to, which begins as a cache; ``dtype`` is that of
         positions."""
         return Ring(cache.keys, self._rotated(cache, dtype), cache.values)
+
+    def _read_ring(self, x_BTD: Tensor, keys: Tensor, values: Tensor, ring: Ring, tokens: Tokens) -> Tensor:
+        assert tokens.rings is not None
+        place, mask = tokens.rings[self._band(tokens)]
+        ring.write(place, keys, self.pointwise.rotate(keys, tokens.rotary), values)
+        kind = keys.dtype  # another one where another device wrote the memory that is gone on with
+        return self._mixed(x_BTD, ring.rotated.to(kind), ring.values.to(kind), mask.to(kind), tokens)
 
     def _mixed(
         self, x_BTD: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None, tokens: Tokens

@@ -23,26 +23,19 @@ from sleeptrain.model.graphs import fill, leaves, recorded
 from sleeptrain.model.ragged import Rows, room_tokens, without_pads
 from sleeptrain.model.session import Session, read_on
 from sleeptrain.model.sleep import SleepModel
-from sleeptrain.model.state import BlockState, KVCache, RingToken, State, map_tensors
-
-
-class Slots(NamedTuple):
-    """What stands in the places of all rings of a width, ``[B, width]``: which tokens, and 0 where one does,
-    else -inf, as attention adds it."""
-
-    positions: Tensor
-    mask: Tensor
+from sleeptrain.model.state import BlockState, KVCache, Ring, RingToken, State, map_tensors
 
 
 class Places(NamedTuple):
     """Of the open windows: ``filled`` ``[B]``; how many tokens were read since they entered, ``number``
-    ``[1]``; ``hidden`` ``[B, L, D]``; a state with rings; the slots of these, by width."""
+    ``[1]``; ``hidden`` ``[B, L, D]``; a state with rings; and for the rings of each width 0 in places where a
+    token stands, else -inf, as attention adds it, ``[B, width]``."""
 
     filled: Tensor
     number: Tensor
     hidden: Tensor
     state: State
-    slots: tuple[Slots, ...]
+    masks: tuple[Tensor, ...]
 
 
 class Recording(NamedTuple):
@@ -87,6 +80,7 @@ class Decoder:
         which on a GPU takes seconds."""
         entering = self.places_of(rows)
         if self._recording is None or _forms(self._recording.places) != _forms(entering):
+            self._recording = None  # its places are free
             self._recording = self.record(entering)
         fill(leaves(self._recording.places), leaves(entering))
         self._start, self.room_tokens = rows.session.start, int(room_tokens(self.model, rows).min())
@@ -105,11 +99,15 @@ class Decoder:
         """The rows as they are now, which are held no longer. Raises ValueError where none are."""
         if self._start is None or self._recording is None:
             raise ValueError("no rows are held; enter some first")
-        filled, number, hidden, state, slots = map_tensors(Tensor.clone, self._recording.places)
+        filled, number, hidden, state, masks = map_tensors(Tensor.clone, self._recording.places)
         hidden = hidden.roll(-int(number), 1)[:, self.window_tokens - int(filled.max()) :]
-        by_width = dict(zip(self._widths, slots))
-        caches = (_cache(block, by_width, int(number)) for block in state)
-        state = tuple(BlockState(block.memory, block.tail, cache) for block, cache in zip(state, caches))
+        by_width = dict(zip(self._widths, masks))
+        state = tuple(
+            block
+            if block.ring is None
+            else BlockState(caches=(_cache(block.ring, by_width, filled, int(number)),))
+            for block in state
+        )
         rows = Rows(Session(self._start, state, hidden), filled)
         self.drop()
         return rows
@@ -120,7 +118,7 @@ class Decoder:
 
     def places_of(self, rows: Rows) -> Places:
         """What a step reads and writes, before it, of rows that can enter."""
-        session, slots = rows.session, {}
+        session, masks = rows.session, {}
         state = []
         for spec, layer, block in zip(self.model.config.blocks, self.model.stack.blocks, session.state):
             if spec.is_fast_weight:
@@ -130,14 +128,14 @@ class Decoder:
             width = spec.width_tokens or self.window_tokens
             cache = block.caches[0].compact(width)
             mask = torch.zeros_like(cache.valid, dtype=cache.keys.dtype)
-            slots[width] = Slots(cache.positions, mask.masked_fill(~cache.valid, -math.inf))
+            masks[width] = mask.masked_fill(~cache.valid, -math.inf)
             state.append(BlockState(ring=layer.mixer.ring(cache, self.model.dtype)))
         return Places(
             rows.filled,
             rows.filled.new_zeros(1),
             F.pad(session.hidden, [0, 0, self.window_tokens - session.position_tokens, 0]),
             tuple(state),
-            tuple(slots[width] for width in self._widths),
+            tuple(masks[width] for width in self._widths),
         )
 
     def record(self, entering: Places) -> Recording:
@@ -148,16 +146,16 @@ class Decoder:
         @torch.no_grad()
         def step() -> None:
             start, rings = places.filled[:, None], {}
-            for width, slots in zip(self._widths, places.slots):
+            for width, mask in zip(self._widths, places.masks):
                 place = places.number % width
-                slots.positions.index_copy_(1, place, start)
-                slots.mask.index_fill_(1, place, 0.0)
-                rings[width] = RingToken(place, slots.mask[:, None, None])
+                mask.index_fill_(1, place, 0.0)
+                rings[width] = RingToken(place, mask[:, None, None])
             session = Session(places.state, places.state, places.hidden[:, :0])
             with self.autocast():
                 h, session = read_on(self.model, session, ids, start=start, rings=rings)
                 fill([logits], [self.model.logits(h)[:, 0]])
-            places.hidden.index_copy_(1, places.number, session.hidden.to(places.hidden.dtype))
+            place = places.number % self.window_tokens  # beyond it when a graph is recorded
+            places.hidden.index_copy_(1, place, session.hidden.to(places.hidden.dtype))
             fill(_fast_weights(places.state), _fast_weights(session.state))
             places.filled.add_(1)
             places.number.add_(1)
@@ -165,16 +163,14 @@ class Decoder:
         return Recording(places, ids, logits, recorded(step, ids.device))
 
 
-def _cache(block: BlockState, by_width: dict[int, Slots], number: int) -> tuple[KVCache, ...]:
-    """What the next token sees, in order; ``number`` tokens were read into the ring."""
-    if block.ring is None:
-        return ()
-    keys, _, values = block.ring
-    width = keys.shape[1]
-    positions, mask = by_width[width]
-    parts = (keys, values, positions, mask == 0)
-    ordered = KVCache(*(part.roll(-(number % width), 1) for part in parts))
-    return (without_pads(ordered.newest(width - 1)),)
+def _cache(ring: Ring, masks: dict[int, Tensor], filled: Tensor, number: int) -> KVCache:
+    """What the next token sees, in order; ``number`` tokens were read into the ring. The place where it will
+    stand is left out: a pad, what is too old, or a token that was interrupted."""
+    width = ring.keys.shape[1]
+    parts = (ring.keys, ring.values, masks[width])
+    keys, values, mask = (part.roll(-(number % width), 1)[:, 1:] for part in parts)
+    positions = filled[:, None] + torch.arange(1 - width, 0, device=filled.device)
+    return without_pads(KVCache(keys, values, positions, mask == 0))
 
 
 def _fast_weights(state: State) -> list[Tensor]:

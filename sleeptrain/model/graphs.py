@@ -253,7 +253,8 @@ def with_leaves(tree: Any, tensors: Iterable[Tensor]) -> Any:
 
 
 def fill(places: list[Tensor], values: Iterable[Tensor]) -> None:
-    torch._foreach_copy_(places, list(values))
+    if places:
+        torch._foreach_copy_(places, list(values))
 
 
 def _place(x: Tensor) -> Tensor:

@@ -39,7 +39,7 @@ class KVCache(NamedTuple):
 
     def compact(self, num_places: int) -> "KVCache":
         """The same in so many places: pads, then what is real, in order."""
-        return self.padded(num_places + 1).newest(num_places)
+        return self.padded(num_places + 1).newest(num_places)  # which takes order from dropping one at least
 
     def padded(self, num_places: int) -> "KVCache":
         """With pads before what is there, at least ``num_places`` in all."""

@@ -78,8 +78,7 @@ def test_an_allowed_change_is_said_and_goes_on(run: Path) -> None:
 
 def installed(package: str, version: str, folder: Path) -> Sabotage:
     """As another version of a package that is found first would say of itself."""
-    named = f"{package.replace('-', '_')}-{version}"
-    info = folder / named / f"{named}.dist-info"
+    info = folder / f"{package}-{version}" / f"{package}-{version}.dist-info"
     info.mkdir(parents=True, exist_ok=True)
     (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {package}\nVersion: {version}\n")
     return lambda moment: sys.path.insert(0, str(info.parent))
@@ -96,13 +95,12 @@ def test_another_torch_is_refused(run: Path, tmp_path: Path) -> None:
     assert "warning: going on with other settings, versions.torch: saved" in process.output()
 
 
-@pytest.mark.parametrize("package", ["triton", "fla-core", "flash-qla"])
-def test_another_library_of_kernels_is_refused(package: str, tmp_path: Path) -> None:
+def test_another_triton_is_refused(tmp_path: Path) -> None:
     """R16: where there was one, which is where there are kernels of it."""
     short, folder = [*SETTINGS, "optim.num_steps=1"], tmp_path / "run"
-    assert Process(folder, (), installed(package, "3.0", tmp_path), short).wait() == 0
-    sentence = refusal(folder, sabotage=installed(package, "3.1", tmp_path), base=short)
-    assert f'other settings: versions.{package}: saved "3.0", now "3.1"; go back' in sentence
+    assert Process(folder, (), installed("triton", "3.0", tmp_path), short).wait() == 0
+    sentence = refusal(folder, sabotage=installed("triton", "3.1", tmp_path), base=short)
+    assert 'other settings: versions.triton: saved "3.0", now "3.1"; go back' in sentence
 
 
 def test_another_sleeptrain_and_another_build_of_torch_go_on(

@@ -2,6 +2,7 @@
 done without one."""
 
 import contextlib
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -11,7 +12,9 @@ from test_session import EVERY_KIND, MODES, label
 from torch import Tensor
 
 from sleeptrain.model import SleepModel, ragged
+from sleeptrain.model import decoder as decoder_module
 from sleeptrain.model.decoder import Decoder
+from sleeptrain.model.graphs import WARM_UPS
 from sleeptrain.model.session import to_tensors
 
 
@@ -33,7 +36,8 @@ def read_eagerly(
 def read_by(
     decoder: Decoder, rows: ragged.Rows, ids: Tensor, num_passes: int
 ) -> tuple[list[Tensor], ragged.Rows, int]:
-    """Also how many tokens the decoder read: the first of a window may have to come otherwise."""
+    """Also how many tokens the decoder read: the first of a window may have to come otherwise. Autocast is
+    around the usual reader alone, as in a session: the decoder has its own."""
     logits, number = [], 0
     for column in ids.T:
         if not decoder.holds_rows and decoder.can_enter(rows):
@@ -43,22 +47,25 @@ def read_by(
             number += 1
             rows = rows if decoder.room_tokens else decoder.leave()
         else:
-            out, rows = ragged.read(decoder.model, rows, column[:, None], torch.ones_like(column))
+            with decoder.autocast():
+                out, rows = ragged.read(decoder.model, rows, column[:, None], torch.ones_like(column))
             logits.append(out[:, 0])
         if not decoder.holds_rows:
-            rows, _ = ragged.sleep(
-                decoder.model, rows, ragged.room_tokens(decoder.model, rows) == 0, num_passes
-            )
+            full = ragged.room_tokens(decoder.model, rows) == 0
+            with decoder.autocast():
+                rows, _ = ragged.sleep(decoder.model, rows, full, num_passes)
     return logits, decoder.leave() if decoder.holds_rows else rows, number
 
 
 def assert_rows_equal(found: ragged.Rows, expected: ragged.Rows) -> None:
-    """Not only what the rows say, but how it lies there."""
+    """But for pads."""
     assert found.filled.tolist() == expected.filled.tolist()
-    tensors = to_tensors(expected.session)
-    assert to_tensors(found.session).keys() == tensors.keys()
-    for name, value in to_tensors(found.session).items():
-        torch.testing.assert_close(value, tensors[name], rtol=1e-9, atol=1e-9, msg=name)
+    sides = [to_tensors(rows.session) for rows in (found, expected)]
+    assert sides[0].keys() == sides[1].keys()
+    for name in sides[0]:
+        cache, is_of_cache = f"{name.rpartition('.')[0]}.valid", "caches" in name
+        pair = [side[name][side[cache]] if is_of_cache else side[name] for side in sides]
+        torch.testing.assert_close(*pair, rtol=1e-9, atol=1e-9, msg=name)
 
 
 @pytest.mark.parametrize("mode", MODES, ids=label)
@@ -86,6 +93,46 @@ def test_rows_that_enter_again_and_in_other_numbers() -> None:
         logits, decoded, _ = read_by(decoder, rows, ids[:number, 10:11], 2)
         torch.testing.assert_close(logits, expected, rtol=1e-9, atol=1e-9)
         assert_rows_equal(decoded, eager)
+
+
+@pytest.mark.parametrize("pattern", ["attn swa:3", "gdn jet", "swa:1 gdn swa:9"])
+@pytest.mark.parametrize("window", [1, 2, WINDOW])
+@pytest.mark.parametrize("eviction", ["hard", "sliding"])
+def test_any_blocks_and_windows(
+    pattern: str, window: int, eviction: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on a GPU, where the step is done a few times before it is recorded."""
+
+    def recorded(work: Callable[[], None], device: torch.device) -> Callable[[], None]:
+        for _ in range(1 + WARM_UPS):
+            work()
+        return work
+
+    monkeypatch.setattr(decoder_module, "recorded", recorded)
+    model = build(pattern, eviction=eviction, window_tokens=window)
+    num_passes = 2 if "gdn" in pattern else 1
+    ids = make(4 * WINDOW, []).ids
+    _, rows = fed_raggedly(model, ids, [(window, 2 * window - 1)], num_passes)
+    expected, eager = read_eagerly(model, rows, ids[:, 7:], num_passes)
+    logits, decoded, _ = read_by(decoder_of(model), rows, ids[:, 7:], num_passes)
+    torch.testing.assert_close(logits, expected, rtol=1e-9, atol=1e-9)
+    assert_rows_equal(decoded, eager)
+
+
+def test_a_step_that_was_interrupted_leaves_what_was_before() -> None:
+    model = build(EVERY_KIND)
+    ids = make(WINDOW, []).ids
+    _, rows = fed_raggedly(model, ids, [(2, 2)], 2)
+    decoder = decoder_of(model)
+    decoder.enter(rows)
+
+    def fail(*_: object) -> None:
+        raise RuntimeError("out of memory")
+
+    model.stack.blocks[-1].register_forward_pre_hook(fail)
+    with pytest.raises(RuntimeError, match="out of memory"):
+        decoder.read(ids[:, 2])
+    assert_rows_equal(decoder.leave(), rows)
 
 
 def test_what_left_stays_as_it_is() -> None:

@@ -29,9 +29,10 @@ def test_replayed_tokens_equal_eager_ones(eviction: str, low: bool) -> None:
     ids = make(3 * WINDOW, []).ids.cuda()
     decoder = Decoder(model, autocast)
     for rows in (2, 1):
-        with autocast(), torch.device("cuda"):
-            _, start = fed_raggedly(model, ids[:rows], [(3,) * rows], 3)
-            expected, _ = read_eagerly(model, start, ids[:rows, 3:], 3)
+        with torch.device("cuda"):
+            with autocast():
+                _, start = fed_raggedly(model, ids[:rows], [(3,) * rows], 3)
+                expected, _ = read_eagerly(model, start, ids[:rows, 3:], 3)
             found, _, number = read_by(decoder, start, ids[:rows, 3:], 3)
         assert number > 2 * WINDOW - 2
         tolerance = 3e-2 if low else 1e-4

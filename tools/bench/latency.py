@@ -3,8 +3,9 @@
 Awake: seconds per token (p50, p99) of a session that reads one token at a time, in the second half of its
 open window, after 1 and more windows, with N passes in each sleep; sides are timed in turn, token by token.
 The peer is a transformer of the same width and depth that keeps everything it read: its token costs more, the
-more it read. Asleep: the sleep at the end of a window against N - 1 forwards over the window, of embedding
-and blocks, in the same run. Memory: peak of a fresh process that reads so many tokens.
+more it read; without a window it has no decoder either. Asleep: the sleep at the end of a window against
+N - 1 forwards over the window, of embedding and blocks, in the same run. Memory: peak of a fresh process that
+reads so many tokens.
 
 The ratios are N = 8 over N = 1, the longest context over the shortest, sleep over its forwards. With --device
 cuda the model has 1.4 billion weights, in bfloat16, and a fourth ratio is that of a token to its floor: the
@@ -19,6 +20,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
 from statistics import median, quantiles
+from typing import NamedTuple
 
 import measure
 import torch
@@ -123,34 +125,41 @@ def read_windows(setup: Setup, model: SleepModel, num_windows: int, num_passes: 
     return now
 
 
-def token_by_token(
-    setup: Setup, model: SleepModel, num_windows: int, num_passes: int
-) -> Callable[[int], None]:
-    """Reads token number i of the second half of the open window after so many windows; 0 begins it anew. By
-    the decoder, as a session does; the peer's window never ends."""
-    half = setup.window_tokens // 2
+class Reader(NamedTuple):
+    """``begin`` goes back to the middle of the open window, ``read`` reads token i after it."""
+
+    begin: Callable[[], None]
+    read: Callable[[int], None]
+
+
+def token_by_token(setup: Setup, model: SleepModel, num_windows: int, num_passes: int) -> Reader:
+    """After so many windows: by the decoder, where there is one."""
     now = read_windows(setup, model, num_windows, num_passes)
-    ids = random_ids(setup, half)
+    ids = random_ids(setup, setup.window_tokens // 2)
     _, start = session.read(model, now, ids)
+    if model.sleep.window_tokens:
+        return decoding(setup, model, start, ids)
     place = [start]
 
+    def begin() -> None:
+        place[0] = start
+
     def read(i: int) -> None:
-        before = start if i == 0 else place[0]
-        _, place[0] = session.read(model, before, ids[:, i : i + 1])
+        _, place[0] = session.read(model, place[0], ids[:, i : i + 1])
         setup.wait()
 
-    if not model.sleep.window_tokens:
-        return read
-    decoder = Decoder(model, contextlib.nullcontext)
-    rows = Rows(start, torch.full((1,), half, device=setup.device))
+    return Reader(begin, read)
 
-    def decode(i: int) -> None:
-        if i == 0:
-            decoder.enter(rows)
+
+def decoding(setup: Setup, model: SleepModel, start: session.Session, ids: torch.Tensor) -> Reader:
+    decoder = Decoder(model, contextlib.nullcontext)
+    rows = Rows(start, torch.full((1,), start.position_tokens, device=setup.device))
+
+    def read(i: int) -> None:
         decoder.read(ids[:, i])
         setup.wait()
 
-    return decode
+    return Reader(lambda: decoder.enter(rows), read)
 
 
 def report_awake(setup: Setup, rounds: int, judged: bool) -> None:
@@ -167,8 +176,11 @@ def report_awake(setup: Setup, rounds: int, judged: bool) -> None:
         of_model = [side for side in sides if side[0] == name]
         for turn in range((rounds + 1) * num_tokens):  # the first round warms up
             for side in of_model[turn % len(of_model) :] + of_model[: turn % len(of_model)]:
+                token = turn % num_tokens
+                if token == 0:
+                    sides[side].begin()
                 start = time.perf_counter()
-                sides[side](turn % num_tokens)
+                sides[side].read(token)
                 times[side].append(time.perf_counter() - start)
     for side in sides:
         del times[side][:num_tokens]
