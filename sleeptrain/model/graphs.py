@@ -101,7 +101,8 @@ class _Kind:
         self.graphs, self.settings = graphs, settings
         self.entering = map_tensors(_place, (entering, tokens))
         self.inputs = leaves(self.entering)
-        fill(self.inputs, leaves((entering, tokens)))
+        # Detached, else the places would keep the passes before, and these the graphs.
+        fill(self.inputs, [x.detach() for x in leaves((entering, tokens))])
         num_differentiable = len(leaves(entering))
         self.is_learned = [
             x.is_floating_point() and i < num_differentiable for i, x in enumerate(self.inputs)

@@ -1,6 +1,8 @@
 """Replayed passes against the plain model: on a CPU the work of a graph is done without one, with the same
 fixed places, copies and sums."""
 
+import gc
+import weakref
 from dataclasses import replace
 
 import pytest
@@ -130,3 +132,15 @@ def test_as_many_graphs_as_kinds_of_passes() -> None:
     number = len(model.graphs._kinds)
     model(make(9 * WINDOW, [8]), 3).loss_sum.backward()
     assert len(model.graphs._kinds) == number <= 3
+
+
+def test_graphs_that_are_dropped_are_freed() -> None:
+    """With their copies of the weights, after passes that were given what others left."""
+    model = graphed()
+    output = model(make(3 * WINDOW, [1, 2]), 3)
+    output.loss_sum.backward()
+    left = weakref.ref(model.graphs)
+    model.graphs = None
+    del output
+    gc.collect()
+    assert left() is None
