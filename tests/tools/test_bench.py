@@ -82,6 +82,8 @@ def test_latency_times_tokens_awake_and_sleeps() -> None:
     for name in ("N = 2 / N = 1", "3 windows / 1", "3 windows / 1, attention to all"):
         [ratio] = numbers_after(f"ratio p50, {name}", output)
         assert ratio > 0
+    [difference] = numbers_after("worst relative difference of the decoder's logits", output)
+    assert difference < 1e-5
     assert "ratio sleep / forwards, worst" in output
     assert "growth of the peak per 10k tokens" in output
 
@@ -165,7 +167,8 @@ def test_train_gpu_shows_every_setting_and_traces_a_step(tmp_path: Path) -> None
     [ratio] = numbers_after("ratio kernel by kernel / graphs, windows of 24, N = 2", done.stdout)
     assert ratio > 0
     assert "PASS  two deterministic steps have equal gradients" in done.stdout
-    assert (tmp_path / "step_n2_window24_pass.json").stat().st_size > 1000
+    assert (tmp_path / "step_n1_window24_pass.json.gz").stat().st_size > 1000
+    assert numbers_after("ratio loss, graphs / kernel by kernel", done.stdout) == [1]
 
 
 def test_train_gpu_measures_the_model_of_the_configs(monkeypatch: pytest.MonkeyPatch) -> None:

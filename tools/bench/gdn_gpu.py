@@ -117,13 +117,13 @@ def compare(shape: Shape, part: str, options) -> None:
     expected: list[Tensor] = []
     difference, times = {}, {}
     for name, rule in rules.items():
-        try:  # what a library or its compiler raises is no reason to lose the other figures
+        try:  # one that fails is no reason to lose the others' figures
             found = solve(part, rule, inputs, d_outputs)
             expected = expected or found
             difference[name] = max(float((x - y).norm() / y.norm()) for x, y in zip(found, expected))
             times[name] = milliseconds(part, rule, inputs, d_outputs, options.rounds)
         except Exception as error:
-            print(f"no {name}: {reason_of(error)}")
+            print(f"no {name}: {measure.failure(error)}")
         if "ours" not in times:
             print(f"FAIL  {part}, {shape}")
             return
@@ -173,9 +173,7 @@ def call_of(part: str, rule: Rule, inputs: list[Tensor], d_outputs: list[Tensor]
     return lambda: torch.autograd.grad(outputs, inputs, d_outputs, retain_graph=True)
 
 
-def milliseconds(
-    part: str, rule: Rule, inputs: list[Tensor], d_outputs: list[Tensor], rounds: int
-) -> float:
+def milliseconds(part: str, rule: Rule, inputs: list[Tensor], d_outputs: list[Tensor], rounds: int) -> float:
     """Median over rounds of one replay of the captured call. All of it is on one stream: a backward pass runs
     on that of its forward pass, and a capture must not meet another one."""
     aside = torch.cuda.Stream()

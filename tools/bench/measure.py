@@ -76,6 +76,11 @@ def require(modules: Iterable[str]) -> None:
         sys.exit(MISSING_PEER)
 
 
+def failure(error: Exception) -> str:
+    """What a library or its compiler said, in one line of 300 letters at most."""
+    return f"{type(error).__name__}: {' '.join(str(error).split())}"[:300]
+
+
 def now() -> Seconds:
     return Seconds(time.perf_counter(), time.process_time())
 

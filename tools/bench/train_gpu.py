@@ -11,11 +11,12 @@ over N, beside h and S, which are all that a pass must keep.
 
 First come the gradient check of the kernels, in the sizes of the model, and the seconds from the start of
 this program to the end of its first step, kernels compiled: that is from cold only with an empty folder in
-TRITON_CACHE_DIR. Last comes what deterministic algorithms cost, and whether two equal steps then have equal
-bits.
+TRITON_CACHE_DIR; and whether replayed passes have the loss and the gradients of those started one by one.
+Last comes what deterministic algorithms cost, and whether two equal steps then have equal bits. A setting
+that fails is named, and the others are measured.
 
---profile FOLDER also writes a trace of one step (Perfetto, chrome://tracing) and prints the operations that
-take most of it. With --quick a tiny model on any device: does it run?
+--profile FOLDER also writes a trace of one step of one sequence (Perfetto, chrome://tracing) and prints the
+operations that take most of it. With --quick a tiny model on any device: does it run?
 """
 
 import gc
@@ -42,7 +43,7 @@ NO_DEVICE = 2  # exit code
 STARTED = time.perf_counter()
 WARMUP_STEPS = 2
 BAR, BAR_GRAPHS, BAR_SLOPE, BAR_DETERMINISTIC = 1.5, 2.0, 1.3, 1.1
-BAR_FIRST_STEP_SECONDS = 90
+BAR_FIRST_STEP_SECONDS, BAR_GRAPHS_DIFFER = 90, 0.02
 OURO_JET = ModelConfig(
     d_model=2048,
     pattern="attn attn attn attn jet",
@@ -92,7 +93,7 @@ class Setup(NamedTuple):
     vocab_size: int = 49152
     num_sequences: int = 2
     num_tokens: int = 12_288
-    windows: tuple[int, ...] = (1024, 2048, 4096)
+    windows: tuple[int, ...] = (2048, 1024, 4096)
     num_passes: tuple[int, ...] = (1, 2, 4)
     variants: tuple[Variant, ...] = (EAGER, GRAPHED, COMPILED, Variant("both", True, True))
 
@@ -110,11 +111,13 @@ class Planned(NamedTuple):
 
 
 class Measured(NamedTuple):
-    """Medians in seconds: forward and backward, update; and the peak of the device's memory in bytes."""
+    """Medians in seconds: forward and backward, update; and the peak of the device's memory in bytes, of
+    tensors that PyTorch sees."""
 
     backward: float
     update: float
     peak_bytes: int
+    reserved_bytes: int  # at the peak, with the memory of graphs, in which a replayed pass has its tensors
 
     @property
     def step(self) -> float:
@@ -122,14 +125,17 @@ class Measured(NamedTuple):
 
 
 def main() -> None:
-    parser = measure.parser(__doc__ or "", rounds=5)
-    parser.add_argument("--profile", type=Path, metavar="FOLDER", help="trace a step of the largest N")
+    parser = measure.parser(__doc__ or "", rounds=3)
+    parser.add_argument("--profile", type=Path, metavar="FOLDER", help="trace a step with N = 1")
+    parser.add_argument("--windows", type=int, nargs="+", metavar="TOKENS", help="these alone")
     options = parser.parse_args()
     if not options.quick and not torch.cuda.is_available():
         print("error: train_gpu.py measures a CUDA device, and torch sees none here", file=sys.stderr)
         sys.exit(NO_DEVICE)
     measure.begin()
     setup = QUICK if options.quick else Setup()
+    if options.windows:
+        setup = setup._replace(windows=tuple(options.windows))
     device = "cuda" if torch.cuda.is_available() else "cpu"
     print("device:", torch.cuda.get_device_name() if device == "cuda" else "cpu")
     if device == "cuda":
@@ -137,15 +143,16 @@ def main() -> None:
         check_kernels(config_of(setup, device))
     backend = LocalBackend(config_of(setup, device), setup.vocab_size)
     first_step(backend, setup, judged=not options.quick)
+    compare_graphs(backend, setup)
     for window_tokens in setup.windows:
         seconds: dict[Variant, dict[int, float]] = {}
         for variant in setup.variants:
             found = over_passes(backend, setup, window_tokens, variant, options.rounds)
             seconds[variant] = {n: measured.step for n, (_, measured) in found.items()}
             show(setup, window_tokens, variant, found)
-            if device == "cuda":
+            if device == "cuda" and len(found) > 1:
                 show_slope(setup, window_tokens, found)
-        for n in setup.num_passes:
+        for n in seconds[EAGER].keys() & seconds[GRAPHED].keys():
             ratio = seconds[EAGER][n] / seconds[GRAPHED][n]
             print(f"ratio kernel by kernel / graphs, windows of {window_tokens}, N = {n}: {ratio:.3f}")
             if not options.quick and window_tokens == 2048:
@@ -177,12 +184,34 @@ def first_step(backend: LocalBackend, setup: Setup, judged: bool) -> None:
 def over_passes(
     backend: LocalBackend, setup: Setup, window_tokens: int, variant: Variant, rounds: int
 ) -> dict[int, tuple[Planned, Measured]]:
-    """By N."""
+    """By N, but for those that fail."""
     found = {}
     for num_passes in setup.num_passes:
-        step, planned = prepared(backend, setup, window_tokens, variant, num_passes)
-        found[num_passes] = planned, timed(step, backend.device.type == "cuda", rounds)
+        try:
+            step, planned = prepared(backend, setup, window_tokens, variant, num_passes)
+            found[num_passes] = planned, timed(step, backend.device.type == "cuda", rounds)
+        except Exception as error:  # out of memory, or what a compiler raises
+            print(f"FAIL  N = {num_passes}, windows of {window_tokens}, {variant}: {measure.failure(error)}")
+            for parameter in backend.model.parameters():
+                parameter.grad = None
     return found
+
+
+def compare_graphs(backend: LocalBackend, setup: Setup) -> None:
+    """Loss and norm of the gradient of replayed passes over those of passes started kernel by kernel."""
+    window_tokens, num_passes = setup.windows[0], 2
+    found = []
+    for variant in (GRAPHED, EAGER):
+        prepared(backend, setup, window_tokens, variant, num_passes)
+        loss = backend.forward_backward(make_batch(setup, window_tokens), num_passes).loss
+        gradients = [p.grad for p in backend.model.parameters() if p.grad is not None]
+        found.append((float(loss), float(torch.nn.utils.get_total_norm(gradients))))
+        for parameter in backend.model.parameters():
+            parameter.grad = None
+    for name, replayed, started in zip(("loss", "gradient norm"), *found):
+        ratio = replayed / started
+        print(f"ratio {name}, graphs / kernel by kernel: {ratio:.5f}")
+        measure.judge(f"{name} of graphs", abs(ratio - 1), at_most=BAR_GRAPHS_DIFFER)
 
 
 def show(
@@ -207,12 +236,13 @@ def show(
                 share(planned.model_flops / measured.step, peak),
                 share(planned.hardware_flops / measured.step, peak),
                 f"{measured.peak_bytes / 2**30:.1f}" if is_cuda else "-",
+                f"{measured.reserved_bytes / 2**30:.1f}" if is_cuda else "-",
                 f"{speed / published:.2f}" if published else "-",
             )
         )
     print(f"\nwindows of {window_tokens}, {variant}")
-    heading = ("N", "s/step", "update ms", "tokens/s", "pass-tokens/s", "MFU %", "HFU %", "peak GiB")
-    measure.show((*heading, "over paper"), rows)
+    speeds = ("N", "s/step", "update ms", "tokens/s", "pass-tokens/s", "MFU %", "HFU %")
+    measure.show((*speeds, "peak GiB", "reserved", "over paper"), rows)
     for num_passes, ratio in ratios.items():
         name = f"tokens/s over the paper's, N = {num_passes}, windows of {window_tokens}, {variant}"
         print(f"ratio {name}: {ratio:.3f}")
@@ -241,6 +271,8 @@ def prepared(
     backend.model.graphs = None
     use(backend.model, PLAIN)
     gc.collect()  # graphs and their kinds of passes know each other
+    if backend.device.type == "cuda":
+        torch.cuda.empty_cache()
     run = replace(backend.config.run, cuda_graphs=variant.graphs, compile=variant.is_compiled)
     speed_up(backend.model, replace(backend.config, run=run, sleep=sleep))
     windows = backend.model.windows(batch)
@@ -296,15 +328,16 @@ def timed(step: Callable[[], float], is_cuda: bool, rounds: int) -> Measured:
         updates.append(step())
         steps.append(time.perf_counter() - start)
     update = median(updates)
-    peak_bytes = torch.cuda.max_memory_allocated() if is_cuda else 0
-    return Measured(median(steps) - update, update, peak_bytes)
+    peaks = (torch.cuda.max_memory_allocated(), torch.cuda.max_memory_reserved()) if is_cuda else (0, 0)
+    return Measured(median(steps) - update, update, *peaks)
 
 
 def determinism(backend: LocalBackend, setup: Setup, rounds: int, judged: bool) -> None:
     """A step with deterministic algorithms only, in turn with one without; and twice the same gradients."""
-    window_tokens, num_passes = setup.windows[-1], setup.num_passes[-1]
+    window_tokens, num_passes = setup.windows[0], setup.num_passes[-1]
     step, _ = prepared(backend, setup, window_tokens, EAGER, num_passes)
     batch = make_batch(setup, window_tokens)
+    torch.utils.deterministic.fill_uninitialized_memory = False  # as in a run
 
     def under(mode: str) -> Callable[[], float]:
         def run() -> float:
@@ -335,16 +368,18 @@ def share(flops_per_second: float, peak: float | None) -> str:
 
 
 def profile(backend: LocalBackend, setup: Setup, folder: Path) -> None:
-    """One step of the largest N, windows of 2048 or the largest."""
-    window_tokens = 2048 if 2048 in setup.windows else setup.windows[-1]
-    num_passes, variant = setup.num_passes[-1], setup.variants[0]
+    """One step of one sequence with N = 1: more are the same again, and all of it is too much to look at."""
+    setup = setup._replace(num_sequences=1)
+    window_tokens, num_passes, variant = setup.windows[0], 1, EAGER
     step, _ = prepared(backend, setup, window_tokens, variant, num_passes)
     for _ in range(WARMUP_STEPS):
         step()
-    with torch.profiler.profile() as trace:
+    kind = "CUDA" if backend.device.type == "cuda" else "CPU"
+    activities = [getattr(torch.profiler.ProfilerActivity, kind)]
+    with torch.profiler.profile(activities=activities) as trace:
         step()
     folder.mkdir(parents=True, exist_ok=True)
-    path = folder / f"step_n{num_passes}_window{window_tokens}_{variant.policy}.json"
+    path = folder / f"step_n{num_passes}_window{window_tokens}_{variant.policy}.json.gz"
     trace.export_chrome_trace(str(path))
     order = f"self_{backend.device.type}_time_total"
     print(trace.key_averages().table(sort_by=order, row_limit=25, max_name_column_width=60))

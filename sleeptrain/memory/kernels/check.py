@@ -218,12 +218,17 @@ def check_problems(given: Iterable[Problem], device: str, backend: str, margin: 
             _, bad = measure(problem, device, backend, margin)
             found = ", ".join(f"{name} is off by {error:.1e}" for name, error in bad.items())
         except Exception as error:  # whatever a library or its compiler raises
-            found = f"{type(error).__name__}: {' '.join(str(error).split())}"
+            found = failure(error)
         if found:
             raise ConfigError(
                 f"the {backend} kernels of the fast weights fail their check on {device}, {problem}: "
                 f"{found}; set model.memory_backend=chunked"
             )
+
+
+def failure(error: Exception) -> str:
+    """What a library or its compiler said, in one line."""
+    return f"{type(error).__name__}: {' '.join(str(error).split())}"
 
 
 def main() -> int:
@@ -247,7 +252,12 @@ def main() -> int:
         if reason := obstacle_to(problem, device, options.backend):
             skipped[label] = reason
             continue
-        found, bad = measure(problem, device, options.backend)
+        try:  # the other problems are still of interest
+            found, bad = measure(problem, device, options.backend)
+        except Exception as error:
+            print(f"FAIL  {problem}: {failure(error)}")
+            num_bad += 1
+            continue
         num_bad += bool(bad)
         row = worst.setdefault(label, found)
         row |= {name: max(error, row[name]) for name, error in found.items()}
