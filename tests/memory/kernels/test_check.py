@@ -57,6 +57,11 @@ def test_the_command_names_what_it_skips_and_fails_on_errors(
     monkeypatch.setattr(check, "implementation", lambda backend: lambda *x, rule: recurrent(*x, "delta"))
     assert check.main() == 1
     assert "FAIL  1 problems above their bars" in capsys.readouterr().out
+    monkeypatch.setattr(check, "implementation", lambda backend: refuses)
+    assert check.main() == 1
+    said = capsys.readouterr().out
+    assert f"FAIL  {RUN}: RuntimeError: no backward pass here\n" in said  # and on it went
+    assert said.endswith("FAIL  1 problems above their bars\n")
 
 
 def test_the_command_says_what_cannot_run(
@@ -66,6 +71,10 @@ def test_the_command_says_what_cannot_run(
     monkeypatch.setattr(sys, "argv", ["check", "--backend", "flash_qla"])
     assert check.main() == 2
     assert "error: model.memory_backend=flash_qla cannot run: " in capsys.readouterr().err
+
+
+def refuses(*inputs: torch.Tensor, rule: str) -> None:
+    raise RuntimeError("no backward\npass here")
 
 
 def found() -> str:
