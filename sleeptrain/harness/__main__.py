@@ -15,7 +15,7 @@ usage: python -m sleeptrain.harness --model sleeptrain --model_args checkpoint=F
 Scores a checkpoint with lm-eval (EleutherAI's lm-evaluation-harness); every option of its own command line is
 one of this, too: run --help lists them, ls tasks the tasks.
 
-  python -m sleeptrain.harness --model sleeptrain --model_args checkpoint=runs/ouro,num_passes=4 --tasks gsm8k
+  python -m sleeptrain.harness --model sleeptrain --model_args checkpoint=runs/gsm,num_passes=4 --tasks gsm8k
   python -m sleeptrain.harness --model sleeptrain --model_args checkpoint=runs/text --include_path my_tasks \\
       --tasks my_task --batch_size 16 --output_path results
 
